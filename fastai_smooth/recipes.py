@@ -69,11 +69,11 @@ def small_convnet(
     n_classes:int, # Number of classes
     width:int=32, # Channels of the first layer
 )->nn.Module: # Takes (N, n_channels, H, W) of at least 8 by 8 pixels, returns logits (N, n_classes)
-    "Three convolutions with batch normalisation and a linear layer: trains on the embedded digits in seconds on a CPU"
+    "Three convolutions with batch normalisation and a linear layer on 2 by 2 averages: trains on the embedded digits in seconds on a CPU"
     def block(c_in, c_out, stride):
         return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
-    return nn.Sequential(block(n_channels, width, 1), block(width, 2*width, 2), block(2*width, 4*width, 2),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.1), nn.Linear(4*width, n_classes))
+    return nn.Sequential(block(n_channels, width, 2), block(width, 2*width, 2), block(2*width, 4*width, 1),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(.1), nn.Linear(16*width, n_classes))
 
 def build_model(
     arch:str, # 'convnet' or the name of a timm model
@@ -237,7 +237,7 @@ class Comparison:
             write_text(self.out/'config.json', json.dumps(self.config, indent=2))
         self.rows,self.predictions = [],{}
         jobs = [(m, s) for s in range(self.seeds) for m in self.methods]
-        bar = progress_bar(jobs, display=progress)
+        bar = progress_bar(jobs) if progress else jobs
         for method, seed in bar:
             if progress: bar.comment = f'{method}, seed {seed}'
             res = self._stored(method, seed)
