@@ -280,8 +280,8 @@ class LabelSmoothing(TrainingPassCallback):
             raise ValueError(f"target={i} asks for a target that the data loader does not give: there are {len(learn.yb)}.")
         y = learn.yb[i]
         encoded = self.encode(y, loss.soft, loss.n_classes)
+        loss.given,loss.encoded,loss.index = learn.yb,encoded,y # also of dense targets, which mixers replace as well
         if encoded is y: return
-        loss.given,loss.encoded,loss.index = learn.yb,encoded,y
         learn.yb = tuple(encoded if j == i % len(learn.yb) else o for j, o in enumerate(learn.yb))
 
     def encode(self,
