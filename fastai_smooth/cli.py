@@ -75,3 +75,6 @@ def compare(
     summary = comparison.run()
     print(f"\n{table(summary)}\n\n{summary['verdict']}\n\nReport: {comparison.out/'report.html'}")
     return 0
+
+# %% ../nbs/09_cli.ipynb #2593af96
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a file that is run, not a notebook
