@@ -214,7 +214,8 @@ def test_resume_after_a_stop(tmp_path, monkeypatch):
 @pytest.mark.parametrize('args, words', [
     (['imagenette'], 'digits, mnist5k'), (['--methods', 'ce,magic'], "Unknown method 'magic'"), (['--methods', 'ce,ce'], 'twice'),
     (['--methods', ''], 'Unknown method'), (['--arch', 'resnet_18'], 'resnet18'), (['--eps', '1.5'], r'eps must lie in [0, 1]'), (['--eps', 'x'], '--eps'),
-    (['--noise', '1'], 'noise must lie in [0, 1)'), (['--noise', '-.1'], 'noise'), (['--epochs', '0'], 'epochs must be at least 1'), (['--seeds', '0'], 'seeds'), (['--bs', '1'], 'bs'),
+    (['--noise', '1'], 'noise must lie in [0, 1)'), (['--noise', '-.1'], 'noise'), (['--epochs', '0'], 'epochs must be at least 1'),
+    (['--seeds', '0'], 'seeds'), (['--bs', '1'], 'bs'),
     (['--bs', '99999'], 'training images'), (['--valid_pct', '1'], 'valid_pct'), (['--valid_pct', '.001'], 'valid_pct'), (['--size', '2'], 'size'),
     (['--weights', 'nowhere.pth'], 'nowhere.pth'), (['--resume'], '--out'), (['--colour'], '--colour'), (['digits', 'more'], 'more')])
 def test_mistakes_are_one_line_and_write_nothing(args, words, tmp_path, capsys, monkeypatch):
