@@ -17,7 +17,7 @@ def cell_lines(cell):
     res = ['```python', '\n'.join(line for line in lines if not line.startswith('#|')).strip(), '```', '']
     for output in cell.get('outputs', []):
         text = output.get('text') if output['output_type'] == 'stream' and output.get('name') == 'stdout' else output.get('data', {}).get('text/plain')
-        if text: res += ['```', ''.join(text).rstrip(), '```', '']
+        if text: res += ['```', ''.join(text).split('\r')[-1].strip(), '```', ''] # the last state of a progress bar
     return res
 
 

@@ -22,7 +22,11 @@ from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, che
 # %% ../nbs/03_losses.ipynb #6cbe5021
 class SmoothingLoss(nn.Module):
     "Base of the losses: a checked `eps` and `reduction`, and a `repr` that builds the loss again"
-    def __init__(self, eps, reduction, negative=False):
+    def __init__(self,
+        eps:float, # Smoothing strength in [0, 1]: a number or one per class
+        reduction:str, # 'mean', 'sum' or 'none'
+        negative:bool=False, # Allow eps below 0
+    ):
         super().__init__()
         self.negative = negative
         self.eps,self.reduction = eps,reduction

@@ -324,7 +324,7 @@ class Comparison:
                 ax.plot(predicted, true, ms=4, lw=1.2, label='after temperature' if after else 'as trained', **style)
             ax.set(title=method, xlabel='confidence', xlim=(0, 1), ylim=(0, 1))
         axs[0].set_ylabel('accuracy')
-        axs[0].legend(loc='upper left', frameon=False, fontsize=8)
+        axs[0].legend(loc='lower right', frameon=False, fontsize=8)
         return fig
 
 # %% ../nbs/08_recipes.ipynb #4c659adf

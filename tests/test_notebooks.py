@@ -1,5 +1,6 @@
 "Every notebook runs from top to bottom, in its own process, and has been committed with its outputs"
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoin
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path):
     code = f"from nbdev.test import test_nb; import sys; ok, _ = test_nb({str(path)!r}, basepath={str(ROOT)!r}); sys.exit(not ok)"
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}  # two threads get in each other's way as soon as anything else runs
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT, env=env)
     assert res.returncode == 0, res.stderr[-3000:]
 
 

@@ -1,6 +1,7 @@
 "The project's own rules: settings, layers, light import, README, what the text must not hold"
 import ast
 import configparser
+import dataclasses
 import importlib
 import inspect
 import re
@@ -93,7 +94,8 @@ def public():
 @pytest.mark.parametrize('module, name, obj', list(public()), ids=lambda o: o if isinstance(o, str) else '')
 def test_public_names_are_documented(module, name, obj):
     assert inspect.getdoc(obj), f'{name} has no docstring'
-    source = inspect.getsource(obj.__init__ if inspect.isclass(obj) and '__init__' in vars(obj) else obj)
+    own_init = inspect.isclass(obj) and '__init__' in vars(obj) and not dataclasses.is_dataclass(obj)
+    source = inspect.getsource(obj.__init__ if own_init else obj)
     parameters = [p for p in inspect.signature(obj).parameters.values()] if inspect.isfunction(obj) or inspect.isclass(obj) else []
     for p in parameters:  # a docment: a comment on the line of the parameter
         if inspect.isclass(obj) and '__init__' not in vars(obj): break
