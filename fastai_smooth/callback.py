@@ -9,9 +9,11 @@ __all__ = ['soft_loss', 'TrainingPassCallback', 'LabelSmoothing', 'OneOf']
 
 # %% ../nbs/04_callback.ipynb #8f9b41b4
 from contextlib import contextmanager
-from functools import singledispatch
+from functools import partial, singledispatch
+from types import BuiltinFunctionType, FunctionType
 
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.data.transforms import get_c
@@ -23,13 +25,17 @@ from torch import Tensor, nn
 
 from .losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingNLL, SmoothingLoss
 from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, MixedTarget, check_choice, check_dist, check_eps, is_mixed, plain,
-                                   spread, to_dense)
+                                   smooth_binary, spread, to_dense)
 
 # %% ../nbs/04_callback.ipynb #21d318be
 def _unknown(loss):
-    name = loss.__name__ if hasattr(loss, '__name__') and not isinstance(loss, (nn.Module, BaseLoss)) else type(loss).__name__
+    inner = loss.func if isinstance(loss, BaseLoss) and type(loss).__call__ is BaseLoss.__call__ else loss
+    if isinstance(inner, (FunctionType, BuiltinFunctionType, partial)):
+        return TypeError(f"The loss is a function, {inner!r}, and LabelSmoothing cannot tell what it does with dense targets. Use the class, such as "
+                         "nn.CrossEntropyLoss() for F.cross_entropy; or wrap it in an nn.Module of your own and register that with @soft_loss.register.")
+    name = type(inner).__name__
     return TypeError(f"{name} is a loss that LabelSmoothing does not know how to give dense targets. Register it in three lines:\n"
-                     f"    @soft_loss.register({type(loss).__name__})\n"
+                     f"    @soft_loss.register({name})\n"
                      "    def _(loss): # takes your loss, returns one that takes logits and a dense target of their shape\n"
                      "        return lambda pred, target: ...\n")
 
@@ -43,6 +49,8 @@ def soft_loss(
     loss_func # Loss of index targets
 ): # The same loss, able to take dense and mixed targets
     "The counterpart of a loss for dense targets. TypeError for an unknown one: `@soft_loss.register(YourLoss)` adds it"
+    if loss_func is F.cross_entropy: return LabelSmoothingCrossEntropy(0., axis=1)
+    if loss_func is F.binary_cross_entropy_with_logits: return LabelSmoothingBCE(0.)
     raise _unknown(loss_func)
 
 # %% ../nbs/04_callback.ipynb #7d9d9ef4
@@ -159,15 +167,32 @@ def _as_is(x): return x
 class _TrainingLoss:
     "The user's loss while a training pass runs: smooths in training, forwards everything else"
     y_int = False
-    def __init__(self, callback, user, soft, n_classes):
-        self.callback,self.user,self.soft,self.n_classes = callback,user,soft,n_classes
+    _own = {'callback', 'learn', 'user', 'soft', 'settings', 'n_classes', 'binary', 'given', 'encoded', 'index', 'reduction'}
+    def __init__(self, callback, learn, user, n_classes, soft):
+        self.callback,self.learn,self.user,self.n_classes = callback,learn,user,n_classes
+        self.soft,self.settings = soft,settings_of(user)
+        self.binary = callback.is_binary(soft)
         self.given = self.encoded = self.index = None # this batch: targets of the data loader, encoded target, its indices
-        self.own_smoothing = isinstance(soft, SmoothingLoss)
 
     def __call__(self, pred, *yb, **kwargs):
-        learn = self.callback.learn
-        if learn is None or not learn.training: return self.user(pred, *yb, **kwargs)
-        return self.callback.loss(self, pred, yb, **kwargs)
+        removed = self.callback.learn is not self.learn
+        if not self.learn.training or (removed and self.given is None): return self.user(pred, *yb, **kwargs)
+        res = self.callback.loss(self, pred, yb, **kwargs)
+        if removed: self.put_back() # nobody else will
+        return res
+
+    def put_back(self):
+        "Make `learn.yb` the tuple of the data loader again"
+        if self.given is None: return
+        self.learn.yb = self.given
+        self.given = self.encoded = self.index = None
+
+    def refresh(self):
+        "Follow a change that somebody made to the user's loss in the middle of the pass, such as new class weights"
+        now = settings_of(self.user)
+        if any(a is not b for a, b in zip(now, self.settings)): self.soft,self.settings = self.callback.prepare(self.user),now
+        if hasattr(self.user, 'reduction') and hasattr(self.soft, 'reduction'): self.soft.reduction = self.user.reduction
+        return self.soft
 
     @property
     def reduction(self):
@@ -175,14 +200,23 @@ class _TrainingLoss:
     @reduction.setter
     def reduction(self, value):
         if hasattr(self.user, 'reduction'): self.user.reduction = value
-        self.soft.reduction = value
+        else: self.soft.reduction = value
 
     def __getattr__(self, name):
         if name.startswith('__') or 'user' not in self.__dict__: raise AttributeError(name)
         return getattr(self.user, name)
 
+    def __setattr__(self, name, value): # what others set is meant for the user's loss
+        if name in self._own: super().__setattr__(name, value)
+        else: setattr(self.user, name, value)
+
     def __reduce__(self): return _as_is, (self.user,)
     def __repr__(self): return f'{self.user!r} under {self.callback!r}'
+
+def settings_of(loss):
+    "What the counterpart of a loss was made from, to notice a change"
+    inner = getattr(loss, 'func', loss)
+    return (*(getattr(inner, n, None) for n in ('weight', 'pos_weight', 'ignore_index')), getattr(loss, 'axis', None))
 
 # %% ../nbs/04_callback.ipynb #613fedf8
 class LabelSmoothing(TrainingPassCallback):
@@ -215,7 +249,7 @@ class LabelSmoothing(TrainingPassCallback):
 
     def current_eps(self)->float|Tensor: # The strength, checked
         "The smoothing strength at this moment of the fit"
-        return check_eps(self.eps(min(self.learn.pct_train, 1.)) if callable(self.eps) else self.eps, self.negative)
+        return check_eps(self.eps(min((self.learn or self._pass.learn).pct_train, 1.)) if callable(self.eps) else self.eps, self.negative)
 
     # -- the training pass
     @contextmanager
@@ -236,30 +270,41 @@ class LabelSmoothing(TrainingPassCallback):
         while isinstance(user, _TrainingLoss) and user.callback is self: user = user.user # a fit inside a fit
         others = [cb for cb in learn.cbs if isinstance(cb, LabelSmoothing) and cb is not self]
         if others: raise ValueError(f"The learner has two callbacks that smooth, {self!r} and {others[0]!r}: remove one of them.")
-        soft = soft_loss(user)
-        strengths = [getattr(soft, n, None) for n in ('eps', 'eps_pos', 'eps_neg')]
-        own = [e for e in strengths if e is not None and (isinstance(e, Tensor) or e != 0)]
-        if own: raise ValueError(f"The loss {user!r} already smooths (eps={own[0]}), and so does {self!r}: remove the callback, or use a loss "
-                                 "that doesn't smooth.")
-        if not callable(self.eps): check_eps(self.eps, self.negative)
-        binary = isinstance(soft, LabelSmoothingBCE)
-        if binary and self.dist is not None:
-            raise ValueError(f"dist={self.dist!r} spreads mass over exclusive classes and cannot be used with the binary loss {user!r}.")
-        if self.convention is not None:
-            check_choice(self.convention, BINARY_CONVENTIONS if binary else SOFTMAX_CONVENTIONS, f'convention for {type(user).__name__}')
-        if isinstance(soft, SmoothingLoss):
-            if self.axis is not None and hasattr(soft, 'axis'): soft.axis = self.axis
-            if not binary:
-                if self.dist is not None: soft.dist = self.dist
-                soft.convention = self.convention or soft.convention
-                soft.negative = self.negative
+        soft = self.prepare(user)
         n_classes = self.find_classes(learn, soft)
         if n_classes is None:
             mixers = [cb for cb in learn.cbs if isinstance(cb, (MixHandler, OneOf))]
             if mixers: raise ValueError(f"{mixers[0]!r} needs to know how many classes there are, and neither the loss nor the DataLoaders tell: "
                                         "pass n_classes to LabelSmoothing.")
         elif self.dist is not None: self.dist.check_classes(n_classes)
-        return _TrainingLoss(self, user, soft, n_classes)
+        return _TrainingLoss(self, learn, user, n_classes, soft)
+
+    def is_binary(self, soft):
+        "Whether a loss asks a question per class: ours, one that says so, or one registered by the user under a binary convention"
+        return isinstance(soft, LabelSmoothingBCE) or getattr(soft, 'binary', False) or (
+            not isinstance(soft, SmoothingLoss) and self.convention in ('half', 'complement'))
+
+    def prepare(self,
+        user # The user's loss
+    ): # Its counterpart for dense targets, with the settings of this callback
+        "Make the loss that is trained with. A combination that has no meaning: ValueError"
+        soft,name = soft_loss(user),type(user).__name__
+        strengths = [getattr(soft, n, None) for n in ('eps', 'eps_pos', 'eps_neg')]
+        own = [e for e in strengths if e is not None and (isinstance(e, Tensor) or e != 0)]
+        if own: raise ValueError(f"The loss {user!r} already smooths (eps={own[0]}), and so does {self!r}: remove the callback, or use a loss "
+                                 "that doesn't smooth.")
+        if not callable(self.eps): check_eps(self.eps, self.negative)
+        binary = self.is_binary(soft)
+        if binary and self.dist is not None:
+            raise ValueError(f"dist={self.dist!r} spreads mass over exclusive classes and cannot be used with the binary loss {user!r}.")
+        if binary and self.negative: raise ValueError(f"negative=True has no meaning for the binary loss {user!r}: leave it out.")
+        if self.convention is not None: check_choice(self.convention, BINARY_CONVENTIONS if binary else SOFTMAX_CONVENTIONS, f'convention for {name}')
+        if isinstance(soft, LabelSmoothingCrossEntropy):
+            if self.axis is not None: soft.axis = self.axis
+            if self.dist is not None: soft.dist = self.dist
+            soft.convention,soft.negative = self.convention or soft.convention,self.negative
+            check_dist(soft.dist, soft.convention)
+        return soft
 
     def find_classes(self,
         learn, # The `Learner`
@@ -279,27 +324,27 @@ class LabelSmoothing(TrainingPassCallback):
         if not -len(learn.yb) <= i < len(learn.yb):
             raise ValueError(f"target={i} asks for a target that the data loader does not give: there are {len(learn.yb)}.")
         y = learn.yb[i]
-        encoded = self.encode(y, loss.soft, loss.n_classes)
+        encoded = self.encode(y, loss)
         loss.given,loss.encoded,loss.index = learn.yb,encoded,y # also of dense targets, which mixers replace as well
         if encoded is y: return
         learn.yb = tuple(encoded if j == i % len(learn.yb) else o for j, o in enumerate(learn.yb))
 
     def encode(self,
         y, # Target of the data loader
-        soft, # Loss for dense targets
-        n_classes:int|None, # Number of classes, if known
-    ): # Mixed target for indices, dense target for integer multi-hot, `y` itself otherwise
+        loss:_TrainingLoss, # The loss of this training pass
+    ): # Mixed target for indices, dense target for binary labels, `y` itself for dense targets and where the classes are unknown
         "Give a target the form in which mixers can blend it"
         if not isinstance(y, Tensor) or y.is_floating_point(): return y
-        y = plain(y)
-        if isinstance(soft, LabelSmoothingBCE):
-            column = y.ndim > 1 and y.shape[-1] == 1 and n_classes not in (None, 1) # indices, one per row
-            if y.dtype is torch.bool or (y.ndim > 1 and not column): return y.to(torch.get_default_dtype())
-            if n_classes is None: return y
-            if column: y = y.squeeze(-1)
-            return to_dense(y, n_classes, axis=-1).masked_fill((y == -100).unsqueeze(-1), torch.nan)
-        if n_classes is None or y.dtype is torch.bool: return y
-        return MixedTarget(y.unsqueeze(1), torch.ones(len(y), 1, device=y.device), n_classes, self.axis_of(soft), getattr(soft, 'ignore_index', -100))
+        y,n = plain(y),loss.n_classes
+        if loss.binary:
+            indices = n is not None and n > 1 and y.dtype is not torch.bool and (y.ndim == 1 or y.shape[-1] == 1)
+            if not indices: return y.to(torch.get_default_dtype()) if n is not None or y.ndim > 1 or y.dtype is torch.bool else y
+            y = y.view(len(y)) if y.ndim == 2 else y
+            return to_dense(y, n, axis=-1).masked_fill((y == -100).unsqueeze(-1), torch.nan)
+        if n is None or y.dtype is torch.bool: return y
+        axis = self.axis_of(loss.soft)
+        if y.ndim > 1 and y.shape[axis] == 1: y = y.squeeze(axis) # a class dimension of size 1, as fastai's tabular data has
+        return MixedTarget(y.unsqueeze(1), torch.ones(len(y), 1, device=y.device), n, axis, getattr(loss.soft, 'ignore_index', -100))
 
     def axis_of(self, soft): return self.axis if self.axis is not None else getattr(soft, 'axis', 1)
 
@@ -310,37 +355,36 @@ class LabelSmoothing(TrainingPassCallback):
         **kwargs # Passed on
     )->Tensor: # Loss of the smoothed targets
         "The loss of $S_\\varepsilon$ of the target"
-        i,soft = self.target % len(yb),loss.soft
-        y,eps = yb[i],self.current_eps()
-        untouched = y is loss.encoded
-        if hasattr(loss.user, 'reduction') and hasattr(soft, 'reduction'): soft.reduction = loss.user.reduction
-        if loss.own_smoothing:
-            soft.eps = eps
-            if isinstance(soft, LabelSmoothingBCE):
-                given = loss.index if loss.encoded is not None else y
-                from_index = isinstance(given, Tensor) and not given.is_floating_point() and given.dtype is not torch.bool and \
-                    (given.ndim < pred.ndim or tuple(given.shape) != tuple(pred.shape))
-                soft.convention = self.convention or getattr(loss.user, 'convention', None) or ('uniform' if from_index else 'half')
-            elif untouched: y = loss.index # nothing was mixed: the loss looks the labels up
-            if getattr(soft, 'dist', None) is not None: kwargs['inputs'] = self.learn.xb[0] if len(self.learn.xb) == 1 else self.learn.xb
-        else:
-            y = self.dense(y, pred, soft)
+        i,soft,eps = self.target % len(yb),loss.refresh(),self.current_eps()
+        y = loss.index if yb[i] is loss.encoded else yb[i] # nothing was mixed: the loss takes the data loader's target
+        if isinstance(soft, LabelSmoothingBCE): y,soft.convention = self.binary_form(loss, y, pred)
+        elif not isinstance(soft, SmoothingLoss):
+            y = self.dense(y, pred, loss)
             if hasattr(soft, 'eps') and self.dist is None and self.convention is None: soft.eps = eps
+            elif loss.binary: y = smooth_binary(y, eps, self.convention or 'half')
             else: y = spread(y, eps, self.axis_of(soft), self.dist, self.convention or 'uniform')
+        if isinstance(soft, SmoothingLoss):
+            soft.eps = eps
+            if getattr(soft, 'dist', None) is not None: kwargs['inputs'] = loss.learn.xb[0] if len(loss.learn.xb) == 1 else loss.learn.xb
         return soft(pred, *yb[:i], y, *yb[i+1:], **kwargs)
 
-    def dense(self, y, pred, soft):
+    def binary_form(self, loss, y, pred):
+        "A target of a binary loss, and the convention that the form of the original target asks for"
+        convention = self.convention or getattr(loss.user, 'convention', None)
+        if y is loss.index or not isinstance(y, Tensor) or loss.index is loss.encoded: return y,convention # nothing was encoded: the loss tells
+        if y.ndim and y.shape[-1] == 2 and pred.numel()*2 == y.numel(): return y[..., 1],convention or 'half' # one logit says which of two classes
+        given = loss.index
+        was_index = given.dtype is not torch.bool and tuple(given.shape) != tuple(pred.shape) and given.numel() != pred.numel()
+        return y,convention or ('uniform' if was_index else 'half')
+
+    def dense(self, y, pred, loss):
         "The dense form of a target for a registered loss, which knows nothing of mixtures"
-        axis = self.axis_of(soft)
         if is_mixed(y): return y.dense()
-        return to_dense(y, self._pass.n_classes or pred.shape[axis], axis)
+        if loss.binary: return y.to(pred.dtype) if tuple(y.shape) == tuple(pred.shape) else loss.encoded
+        return to_dense(y, loss.n_classes or pred.shape[self.axis_of(loss.soft)], self.axis_of(loss.soft))
 
     def put_back(self):
-        "Make `learn.yb` the tuple of the data loader again"
-        loss = self._pass
-        if loss is None or loss.given is None: return
-        self.learn.yb = loss.given
-        loss.given = loss.encoded = loss.index = None
+        if self._pass is not None: self._pass.put_back()
 
     def after_loss(self): self.put_back()
     def after_cancel_batch(self): self.put_back()

@@ -67,7 +67,8 @@ def compare(
         if resume and out is None: raise ValueError("--resume needs --out: name the folder to go on with.")
         out = out or Path('fastai_smooth_runs')/f"{arguments.get('data', 'digits')}-{datetime.now():%Y%m%d-%H%M%S}"
         comparison = Comparison(out=out, resume=resume, **arguments)
-    except (ValueError, ImportError) as e:
+        comparison.make_folder()
+    except (ValueError, ImportError, OSError) as e:
         print(f'fastai-smooth compare: {e}', file=sys.stderr)
         return 2
     print(f"{comparison.data}: {comparison.n_train} training and {comparison.n_valid} validation images, {len(comparison.methods)} methods, "

@@ -54,7 +54,7 @@ def array_dls(
     splits, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size
     size:int|None=None, # Resize to `size` by `size` pixels (bilinear). None: as they are
-)->DataLoaders: # Batches of `TensorImageBW` (bs, 1, H, W) in [0, 1] and `TensorCategory` (bs,)
+)->DataLoaders: # Batches of `TensorImageBW` (bs, 1, H, W) in [0, 1] and `TensorCategory` (bs,); training drops the last batch if it is short
     "Images in memory as fastai DataLoaders that `show_batch` can draw"
     images = torch.as_tensor(images).unsqueeze(1)
     if size is not None:
@@ -62,7 +62,7 @@ def array_dls(
     labels = [int(v) for v in labels]
     tfms = [[_ItemImage(images)], [_ItemLabel(labels, list(vocab)), Categorize(vocab=list(vocab), sort=False)]]
     dsets = Datasets(range(len(images)), tfms, splits=[[int(i) for i in s] for s in splits])
-    return dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=0, after_batch=[IntToFloatTensor()], drop_last=False)
+    return dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=0, after_batch=[IntToFloatTensor()])
 
 def stratified_split(
     labels, # Class indices (N,)

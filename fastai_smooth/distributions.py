@@ -118,16 +118,18 @@ class ClassPrior(Distribution):
         dls, # fastai `DataLoaders`
         n_classes:int|None=None, # Number of classes; fastai's `get_c(dls)` if None
     )->'ClassPrior': # With the count of every training label
-        "Count the labels of the training set: single labels, several labels, or masks (each pixel; void ones are left out)"
+        "Count the labels of the training set: single, multi-hot (0 and 1, one per class), or masks (each pixel; void ones are left out)"
+        import numpy as np
         from fastai.data.transforms import get_c
         n_classes = n_classes or get_c(dls)
         if not n_classes: raise ValueError("The DataLoaders do not tell how many classes there are: pass n_classes.")
         counts = torch.zeros(n_classes, dtype=torch.float64)
         for y in training_labels(dls):
-            y = torch.as_tensor(y)
-            if y.is_floating_point() or y.dtype is torch.bool: counts += plain(y).double().reshape(-1, n_classes).nansum(0)
+            y = plain(y if isinstance(y, Tensor) else torch.as_tensor(np.array(y))) # a mask may still be a PIL image
+            multi_hot = y.ndim == 1 and len(y) == n_classes > 2 and bool(((y == 0) | (y == 1)).all())
+            if y.is_floating_point() or y.dtype is torch.bool or multi_hot: counts += y.double().reshape(-1, n_classes).nansum(0)
             else:
-                y = plain(y).long().flatten()
+                y = y.long().flatten()
                 counts += y[(y >= 0) & (y < n_classes)].bincount(minlength=n_classes)
         return cls(counts)
 
@@ -155,6 +157,9 @@ def training_labels(
     if tls is not None:
         if len(tls) <= n_inp: raise ValueError(f"The training set has no labels: it has {len(tls)} parts, {n_inp} of which are inputs.")
         yield from tls[n_inp]
+        return
+    if hasattr(ds, 'ys'): # fastai's tabular data
+        yield from ds.ys.iloc[:, 0].to_numpy()
         return
     for i in range(len(ds)): yield ds[i][n_inp]
 

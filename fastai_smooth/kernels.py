@@ -37,11 +37,13 @@ def reduce(
     return torch.where(known > 0, total/known.clamp(min=torch.finfo(known.dtype).tiny), torch.zeros_like(total))
 
 def check_strength(
-    eps # A number, or a tensor with one value per class
-):
+    eps # A number, or one per class
+): # A number, or a tensor with one value per class
     "Raise a ValueError for a smoothing strength outside [0, 1]"
+    if not isinstance(eps, (int, float)): eps = torch.as_tensor(eps)
     low, high = eps.aminmax() if isinstance(eps, Tensor) else (eps, eps)
     if not (low >= 0 and high <= 1): raise ValueError(f"eps must lie in [0, 1], but got {eps}.")
+    return eps
 
 def label_error(
     index:Tensor, # Class indices
@@ -75,6 +77,8 @@ def entries(
         raise TypeError("A bool target is ambiguous: pass `.long()` for class indices or `.float()` for a dense target.")
     else:
         index, coefficient = target.as_subclass(Tensor).long(), None
+        if index.ndim == 1 < len(shape)-1 and len(index) == logits.select(axis, 0).numel():
+            index = index.view(shape[:axis] + shape[axis+1:]) # flattened, as fastai's losses allow
         if index.ndim == len(shape)-1: index = index.unsqueeze(axis)
         if tuple(index.shape) != shape[:axis] + (1,) + shape[axis+1:]: raise shape_error(shape, tuple(target.shape), axis, True)
     kept = torch.ones_like(index, dtype=torch.bool) if ignore_index is None else index != ignore_index
@@ -93,8 +97,8 @@ def times(
     coefficient:Tensor, # Part of a target
     surprise:Tensor, # -log p, inf where a class is impossible
 )->Tensor: # Their product, where 0 times inf is 0
-    "A class that the target does not ask for costs nothing, not even when its logit is -inf"
-    return coefficient*surprise.masked_fill((coefficient == 0) & surprise.isinf(), 0)
+    "What the target does not ask for costs nothing, not even when its logit is -inf or nan"
+    return coefficient*surprise.masked_fill((coefficient == 0) & ~surprise.isfinite(), 0)
 
 # %% ../nbs/02_kernels.ipynb #b94d7fb8
 def check_axis(
@@ -130,6 +134,7 @@ def cross_entropy_of_log_probs(
     weight_by:str, # 'class' or 'example'
     ignore_index:int|None, # Index that has no mass
     reduction:str, # 'mean', 'sum' or 'none'
+    received:Tensor|None=None, # What each class receives of the moved mass, (N, K, *). None: all classes alike
 )->Tensor: # Loss
     "Smoothed cross entropy of log-probabilities"
     if reduction not in REDUCTIONS: raise ValueError(f"reduction must be 'mean', 'sum' or 'none', but got {reduction!r}.")
@@ -146,9 +151,10 @@ def cross_entropy_of_log_probs(
     by_class = weight is not None and weight_by == 'class'
     moved = coefficient*e
     loss = times((coefficient-moved)*(w if by_class else 1.), chosen).sum(axis)
-    if isinstance(e, Tensor) or e != 0:
-        all_classes = surprise*per_class(weight, log_probs, axis, None, 'weight') if by_class else surprise
-        loss = loss + times(moved.sum(axis), all_classes.mean(axis))
+    of_class = per_class(weight, log_probs, axis, None, 'weight') if by_class else None
+    if received is not None: loss = loss + times(received*of_class if by_class else received, surprise).sum(axis)
+    elif isinstance(e, Tensor) or e != 0:
+        loss = loss + times(moved.sum(axis), (times(of_class, surprise) if by_class else surprise).mean(axis))
     if weight is not None and weight_by == 'example':
         loss = loss*(weighted_mass/torch.where(mass == 0, torch.ones_like(mass), mass))
     return reduce(loss, weighted_mass, reduction)
@@ -166,7 +172,7 @@ def smooth_cross_entropy_reference(
     reduction:str='mean', # 'mean' over the weighted mass of the unsmoothed target, 'sum' or 'none' (one loss per position)
 )->Tensor: # Loss: 0-d, or (N, *) for 'none'
     "Smoothed cross entropy, the formula as it stands. Shapes, labels or choices that do not fit: ValueError"
-    check_strength(eps)
+    eps = check_strength(eps)
     logits, axis = in_single_precision(logits), check_axis(logits, axis)
     return cross_entropy_of_log_probs(logits.log_softmax(axis), target, eps, axis, weight, weight_by, ignore_index, reduction)
 
@@ -186,17 +192,32 @@ def smooth_cross_entropy(
                                           ignore_index=ignore_index, reduction=reduction)
 
 # %% ../nbs/02_kernels.ipynb #383aa4f4
+def check_probabilities(
+    y:Tensor # Binary target
+)->Tensor: # The same
+    "Raise a ValueError for an entry outside [0, 1]. On a GPU, where looking at the values would stall the device, nothing is checked"
+    if y.device.type == 'cpu' and not torch.compiler.is_compiling():
+        bad = (y < -1e-4) | (y > 1+1e-4)
+        if bad.any(): raise ValueError(f"Binary targets must lie in [0, 1] (nan: unknown), but the target of shape {tuple(y.shape)} holds "
+                                       f"{y[bad][0].item():g}. Class indices come without the class dimension.")
+    return y
+
 def binary_target(
     logits:Tensor, # (N, K), or any shape
     target, # Multi-hot or dense target of the same shape, index target without the last dimension, or mixed target
 )->tuple: # Floating target of the shape of the logits, and whether it was given as indices
     "A binary target as a floating tensor, nan where unknown. A shape that does not fit: ValueError"
     shape = tuple(logits.shape)
-    if hasattr(target, 'indices') and not isinstance(target, Tensor): target = target.dense()
+    if hasattr(target, 'indices') and not isinstance(target, Tensor):
+        mixture, target = target, target.dense()
+        if mixture.is_sparse_mixture and mixture.ignore_index is not None: # blended with an unknown label is unknown
+            unknown = ((mixture.indices == mixture.ignore_index) & (mixture.weights > 0)).any(1)
+            target = target.masked_fill(unknown.unsqueeze(mixture.axis), torch.nan)
     if not isinstance(target, Tensor): raise TypeError(f"The target must be a tensor or a MixedTarget, but is a {type(target).__name__}.")
     target = target.as_subclass(Tensor)
-    single = len(shape) > 0 and shape[-1] == 1
-    if tuple(target.shape) == shape or (single and tuple(target.shape) == shape[:-1]): return target.reshape(shape).to(logits.dtype), False
+    without_ones = lambda s: [n for n in s if n != 1]
+    if tuple(target.shape) == shape or (target.numel() == logits.numel() and without_ones(target.shape) == without_ones(shape)):
+        return check_probabilities(target.reshape(shape).to(logits.dtype)), False
     if target.is_floating_point() or target.dtype is torch.bool or not shape or tuple(target.shape) not in (shape[:-1], (*shape[:-1], 1)):
         raise ValueError(f"Logits of shape {shape} want a multi-hot or dense target of the same shape, or indices of shape {shape[:-1]}, "
                          f"but got {target.dtype} of shape {tuple(target.shape)}.")
@@ -238,7 +259,7 @@ def smooth_binary_cross_entropy_reference(
     reduction:str='mean', # 'mean' over the known entries, 'sum' or 'none'
 )->Tensor: # Loss: 0-d, or the shape of the logits for 'none'
     "Smoothed binary cross entropy, the formula as it stands. Shapes or choices that do not fit: ValueError"
-    check_strength(eps)
+    eps = check_strength(eps)
     logits = in_single_precision(logits)
     y, _ = binary_target(logits, target)
     other = {'half': lambda: .5, 'uniform': lambda: 1/y.shape[-1], 'complement': lambda: 1-y} # what a smoothed-away label becomes

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import (REDUCTIONS, binary_cross_entropy, binary_target, check_axis, cross_entropy_of_log_probs,
-                                   in_single_precision, per_class, reduce)
-from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_dist, check_eps, is_mixed, smooth_binary,
-                                   spread, to_dense)
+                                   in_single_precision)
+from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_dist, check_eps, eps_along, is_mixed,
+                                   smooth_binary, to_dense)
 
 # %% ../nbs/03_losses.ipynb #6cbe5021
 class SmoothingLoss(nn.Module):
@@ -89,6 +89,7 @@ class LabelSmoothingCrossEntropy(SmoothingLoss):
     def forward(self,
         pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
         target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
+        *,
         inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy. Shapes or labels that do not fit: ValueError"
@@ -96,16 +97,11 @@ class LabelSmoothingCrossEntropy(SmoothingLoss):
         log_probs = self.log_probs(in_single_precision(pred), axis)
         args = (axis, self.weight, self.weight_by, self.ignore_index)
         if self.dist is None: return cross_entropy_of_log_probs(log_probs, target, self._uniform_eps(pred.shape[axis]), *args, self.reduction)
+        check_dist(self.dist, self.convention)
         if not is_mixed(target) and target.ndim == pred.ndim and not target.is_floating_point(): target = target.squeeze(axis)
         q = to_dense(target, pred.shape[axis], axis, self.ignore_index).to(log_probs.dtype)
-        smoothed = spread(q, self.eps, axis, self.dist, logits=pred, inputs=inputs)
-        # The weight of an example and the denominator come from the unsmoothed target
-        mass = weighted_mass = q.sum(axis)
-        if self.weight is not None: weighted_mass = (q*per_class(self.weight, q, axis, None, 'weight')).sum(axis)
-        by_class = self.weight if self.weight_by == 'class' else None
-        loss = cross_entropy_of_log_probs(log_probs, smoothed, 0., axis, by_class, 'class', None, 'none')
-        if self.weight_by == 'example': loss = loss*(weighted_mass/mass.where(mass != 0, 1.))
-        return reduce(loss, weighted_mass, self.reduction)
+        received = self.dist(q*eps_along(self.eps, q, axis), axis=axis, logits=pred, inputs=inputs)
+        return cross_entropy_of_log_probs(log_probs, q, self.eps, *args, self.reduction, received)
 
     def log_probs(self,
         pred:Tensor, # Logits in at least single precision
@@ -116,6 +112,7 @@ class LabelSmoothingCrossEntropy(SmoothingLoss):
 
     def _uniform_eps(self, n_classes):
         "The strength under the convention 'uniform'; above 1 where 'others' is that strong"
+        check_choice(self.convention, SOFTMAX_CONVENTIONS, 'convention')
         if self.convention == 'classy': return self.eps/(1+self.eps)
         if self.convention == 'uniform': return self.eps
         if n_classes < 2: raise ValueError(f"convention='others' needs at least 2 classes, but got {n_classes}.")

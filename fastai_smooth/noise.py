@@ -56,6 +56,9 @@ def corrupt_labels(
     t = transition_matrix(rate, n_classes, kind, pairs)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     flat = y.flatten().cpu()
-    noisy = torch.multinomial(t[flat], 1, generator=generator).squeeze(1) if len(flat) else flat.clone()
+    noisy = torch.empty_like(flat)
+    for k in flat.unique().tolist(): # class by class: a row of the matrix serves all its labels
+        mine = flat == k
+        noisy[mine] = torch.multinomial(t[k], int(mine.sum()), replacement=True, generator=generator)
     noisy = noisy.view(y.shape).to(y.device)
     return noisy, t, noisy != y

@@ -200,8 +200,18 @@ class Comparison:
         if self.n_valid < 4*len(self.vocab):
             raise ValueError(f"valid_pct={self.valid_pct} leaves {self.n_valid} validation images for {len(self.vocab)} classes: use a larger share.")
         if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training images.")
-        build_model(self.arch, 1, len(self.vocab), self.weights)
+        self._check_model()
         if self.out is not None: self._check_out()
+
+    def _check_model(self):
+        "One batch of zeros through the network: some need larger images"
+        shape = (2, 1, *((self.size, self.size) if self.size else self.images.shape[1:]))
+        model = build_model(self.arch, 1, len(self.vocab), self.weights).eval()
+        try:
+            with torch.no_grad(): model(torch.zeros(shape))
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"{self.arch} cannot take images of {shape[2]} by {shape[3]} pixels ({str(e).splitlines()[0]}): "
+                             "try another --size or --arch.") from None
 
     # -- the folder
     @property
@@ -215,6 +225,7 @@ class Comparison:
         if not self.resume: raise ValueError(f"{self.out} holds another run: name another folder, or resume it.")
         try: then = json.loads((self.out/'config.json').read_text())
         except (OSError, ValueError): raise ValueError(f"{self.out} has no readable config.json: it cannot be resumed, name another folder.") from None
+        if not isinstance(then, dict): raise ValueError(f"{self.out/'config.json'} is not of a comparison: name another folder.")
         other = [f"{k}={then.get(k)!r}" for k, v in self.config.items() if then.get(k) != v]
         if other: raise ValueError(f"{self.out} holds a run with {', '.join(other)}: resume it with the same arguments, or name another folder.")
 
@@ -227,14 +238,18 @@ class Comparison:
 
     def _file(self, method, seed): return self.out/'predictions'/f'{method}-{seed}.npz'
 
+    def make_folder(self):
+        "Make the folder of the results, if there is to be one, and note the arguments in it"
+        if self.out is None: return
+        (self.out/'predictions').mkdir(parents=True, exist_ok=True)
+        write_text(self.out/'config.json', json.dumps(self.config, indent=2))
+
     # -- running
     def run(self,
         progress:bool=True # Show a progress bar
     )->dict: # The summary
         "Train every method with every seed, and score. With `out`, each finished run is kept there at once"
-        if self.out is not None:
-            (self.out/'predictions').mkdir(parents=True, exist_ok=True)
-            write_text(self.out/'config.json', json.dumps(self.config, indent=2))
+        self.make_folder()
         self.rows,self.predictions = [],{}
         jobs = [(m, s) for s in range(self.seeds) for m in self.methods]
         bar = progress_bar(jobs) if progress else jobs

@@ -534,3 +534,122 @@ def test_masks_stay_small():
 
 
 def test_cosine_schedule_of_fastai(): assert abs(SchedCos(.2, 0.)(.5)-.1) < 1e-6
+
+
+# -- forms that fastai's flattening losses take
+
+class Unmixed(Callback):
+    "Keep the loss and what it was computed from"
+    run_valid = False
+    def after_loss(self): self.got = (self.learn.pred.detach().clone(), self.learn.yb[0], float(self.learn.loss))
+
+
+def flat_learner(model, x, y, loss, cbs, c):
+    from fastai.data.core import DataLoaders, TfmdDL
+    dls = DataLoaders(*(TfmdDL(learners.Items(zip(x, y)), bs=len(x), num_workers=0, device='cpu') for _ in range(2)))
+    if c: dls.c = c
+    return Learner(dls, model, loss_func=loss, cbs=cbs)
+
+
+@pytest.mark.parametrize('c', [None, 1, 2])
+@pytest.mark.parametrize('column', [False, True])
+@pytest.mark.parametrize('loss', [BCEWithLogitsLossFlat, lambda: LabelSmoothingBCE(0.)])
+def test_one_logit_and_two_classes(loss, column, c):
+    "Labels 0 and 1 of a single logit are not indices of one class"
+    x, y = torch.randn(8, 3), torch.tensor([0, 1, 1, 0, 1, 1, 0, 1])
+    look = Unmixed()
+    fit(flat_learner(nn.Linear(3, 1), x, y[:, None] if column else y, loss(), [LabelSmoothing(.2), look], c), 1)
+    pred, seen, got = look.got
+    np.testing.assert_allclose(got, F.binary_cross_entropy_with_logits(pred.view(-1), seen.view(-1)*.8+.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('c', [1, 2])
+def test_one_logit_with_a_mixer(c):
+    x = torch.tensor([0., 1., 1., 0., 1., 1., 0., 1.])
+    learn = flat_learner(nn.Linear(1, 1), x[:, None], x.long(), BCEWithLogitsLossFlat(), [LabelSmoothing(.2), MixUp(), Look()], c)
+    fit(learn, 1)
+    for x, pred, loss, _ in learn.look.seen: np.testing.assert_allclose(loss, F.binary_cross_entropy_with_logits(pred, x*.8+.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('floating', [False, True])
+@pytest.mark.parametrize('mixers', ['none', 'mixup'])
+def test_masks_of_one_class(mixers, floating):
+    "Predictions (N, 1, H, W) and masks (N, H, W); the input is the mask"
+    y = torch.randint(0, 2, (8, 4, 4))
+    learn = flat_learner(nn.Conv2d(1, 1, 1), y[:, None].float(), y.float() if floating else y, BCEWithLogitsLossFlat(),
+                         [LabelSmoothing(.2), Look(), *[m() for m in MIXERS[mixers]]], 2)
+    fit(learn, 1)
+    for x, pred, loss, _ in learn.look.seen: np.testing.assert_allclose(loss, F.binary_cross_entropy_with_logits(pred, x*.8+.1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('mixers', MIXERS)
+def test_a_column_of_labels(mixers):
+    learn = make_learner('index', cbs=[LabelSmoothing(.1), Look(), *[m() for m in MIXERS[mixers]]])
+    for dl in learn.dls: dl.dataset[:] = [(x, y[None]) for x, y in dl.dataset]
+    check_seen(fit(learn, 1), 'index', .1)
+
+
+# -- registered binary losses, functions, settings that change on the way
+
+class MultiFocal(nn.Module):
+    "A loss of several labels per example that takes multi-hot floats"
+    def forward(self, pred, y): return F.binary_cross_entropy_with_logits(pred, y.float())
+
+
+class SoftMultiFocal:
+    binary = True
+    def __call__(self, pred, y): return F.binary_cross_entropy_with_logits(pred, y)
+
+
+@pytest.mark.parametrize('kind', ['multi_hot', 'multi_hot_int'])
+@pytest.mark.parametrize('convention', [None, 'complement'])
+def test_registered_binary_loss(convention, kind):
+    soft_loss.register(MultiFocal, lambda loss: SoftMultiFocal())
+    learn = fit(make_learner(kind, MultiFocal(), [LabelSmoothing(.2, convention=convention), MixUp(), Look()]), 1)
+    for x, pred, loss, _ in learn.look.seen:
+        np.testing.assert_allclose(loss, expected_binary_loss(x, pred, .2, convention or 'half'), rtol=1e-4)
+
+
+def test_advice_for_unknown_losses():
+    for loss, words in ((fl.MSELossFlat(), 'register.MSELoss'), (lambda p, y: 0, 'loss is a function'), (partial(F.nll_loss), 'nn.Module of your own'),
+                        (F.nll_loss, 'loss is a function')):
+        with pytest.raises(TypeError, match=words): soft_loss(loss)
+
+
+def test_functions_of_torch():
+    z, y = torch.randn(5, K), torch.randint(0, K, (5,))
+    torch.testing.assert_close(soft_loss(F.cross_entropy)(z, y), F.cross_entropy(z, y))
+    check_seen(fit(make_learner('index', F.cross_entropy, [LabelSmoothing(.1), MixUp(), Look()]), 1), 'index', .1)
+
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(), CrossEntropyLossFlat(weight=torch.ones(K)), LabelSmoothingCrossEntropy(0.)])
+def test_weights_set_in_the_middle_of_training_are_used(loss):
+    w = torch.tensor([1., 2., 5., .5])
+
+    class Reweight(Callback):
+        def before_train(self): getattr(self.learn.loss_func, 'func', self.learn.loss_func).weight = w
+    learn = fit(make_learner('index', loss, [LabelSmoothing(.2), Look(), Reweight()]), 1)
+    check_seen(learn, 'index', .2, weight=w.tolist())
+    assert getattr(loss, 'func', loss).weight is w
+
+
+@pytest.mark.parametrize('loss, cb, words', [
+    (LabelSmoothingCrossEntropy(0., dist=Uniform()), LabelSmoothing(.2, convention='others'), 'cannot be combined'),
+    (LabelSmoothingCrossEntropy(0., convention='others'), LabelSmoothing(.2, Uniform()), 'cannot be combined')])
+def test_dist_and_convention_from_two_sides(loss, cb, words):
+    with pytest.raises(ValueError, match=words): fit(make_learner('index', loss, [cb]), 1)
+
+
+def test_negative_eps_is_for_softmax_losses():
+    check_seen(fit(make_learner('index', cbs=[LabelSmoothing(-.2, negative=True), Look()]), 1), 'index', -.2)
+    with pytest.raises(ValueError, match='no meaning for the binary loss'):
+        fit(make_learner('multi_hot', BCEWithLogitsLossFlat(), [LabelSmoothing(-.2, negative=True)]), 1)
+
+
+def test_callback_removed_in_the_middle_of_a_batch():
+    class Remove(Callback):
+        def after_pred(self):
+            if self.training and hasattr(self.learn, 'label_smoothing'): self.learn.remove_cb(LabelSmoothing)
+    loss = CrossEntropyLossFlat()
+    learn = fit(make_learner('index', loss, [LabelSmoothing(.2), Remove()]), 1)
+    assert learn.loss_func is loss

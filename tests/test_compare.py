@@ -213,6 +213,7 @@ def test_resume_after_a_stop(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('args, words', [
     (['imagenette'], 'digits, mnist5k'), (['--methods', 'ce,magic'], "Unknown method 'magic'"), (['--methods', 'ce,ce'], 'twice'),
+    (['--arch', 'vit_tiny_patch16_224'], 'another --size'), (['--arch', 'vgg11'], 'another --size'), (['--out', '/proc/no/such'], '/proc/no'),
     (['--methods', ''], 'Unknown method'), (['--arch', 'resnet_18'], 'resnet18'), (['--eps', '1.5'], r'eps must lie in [0, 1]'), (['--eps', 'x'], '--eps'),
     (['--noise', '1'], 'noise must lie in [0, 1)'), (['--noise', '-.1'], 'noise'), (['--epochs', '0'], 'epochs must be at least 1'),
     (['--seeds', '0'], 'seeds'), (['--bs', '1'], 'bs'),
@@ -234,7 +235,16 @@ def test_folder_of_another_run(tmp_path, capsys):
     (tmp_path/'config.json').write_text(json.dumps({**Comparison(epochs=1).config, 'eps': .2}))
     assert main(['compare', *FAST, '--out', str(tmp_path), '--resume']) == 2
     assert 'eps=0.2' in capsys.readouterr().err
+    (tmp_path/'config.json').write_text('[]')
+    assert main(['compare', *FAST, '--out', str(tmp_path), '--resume']) == 2
     assert main(['compare', *FAST, '--out', str(tmp_path/'notes.txt')]) == 2
+    assert main(['compare', *FAST, '--out', str(tmp_path/'notes.txt'/'x')]) == 2
+
+
+def test_a_batch_of_one_is_left_out():
+    "1437 images in batches of 4 leave one over, with which fastai's MixUp cannot work"
+    learn = Comparison('digits', ('mixup',), bs=4).learner('mixup', 0)
+    assert 1437 % 4 == 1 and len(learn.dls.train) == 1437//4
 
 
 def test_installed_command(tmp_path):

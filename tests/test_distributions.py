@@ -134,3 +134,31 @@ def test_common_behaviour(dist):
 def test_base_says_what_is_missing():
     with pytest.raises(TypeError, match='define forward'): Distribution()(torch.ones(1, 2))
     with pytest.raises(ValueError, match='no transition matrix'): Distribution().matrix(2)
+
+
+def test_prior_from_fastais_own_masks(tmp_path):
+    import numpy as np
+    from fastai.vision.all import SegmentationDataLoaders
+    from PIL import Image
+    masks = np.random.default_rng(0).integers(0, 3, (4, 8, 8)).astype(np.uint8)
+    files = []
+    for i, m in enumerate(masks):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path/f'{i}.png'), Image.fromarray(m).save(tmp_path/f'{i}_mask.png')
+        files.append(tmp_path/f'{i}.png')
+    dls = SegmentationDataLoaders.from_label_func(tmp_path, files, lambda f: f.with_name(f'{f.stem}_mask.png'), codes=list('abc'), bs=2, valid_pct=.25,
+                                                  seed=0, num_workers=0)
+    mine = [masks[int(f.stem)] for f in dls.train_ds.items]
+    assert ClassPrior.from_dls(dls).counts == np.bincount(np.concatenate([m.ravel() for m in mine]), minlength=3).tolist()
+
+
+def test_prior_from_tables():
+    import pandas as pd
+    from fastai.tabular.all import CategoryBlock, FillMissing, Normalize, TabularDataLoaders
+    df = pd.DataFrame({'a': np.arange(10.), 'y': list('xxyxxyxxyz')})
+    dls = TabularDataLoaders.from_df(df, cont_names=['a'], y_names='y', y_block=CategoryBlock(), procs=[FillMissing, Normalize], valid_idx=[0, 9], bs=4)
+    assert ClassPrior.from_dls(dls).counts == [5., 3., 0.][:dls.c]
+
+
+def test_prior_from_integer_multi_hot():
+    learn = make_learner('multi_hot_int')
+    assert ClassPrior.from_dls(learn.dls).counts == torch.stack([y for _, y in learn.dls.train.dataset]).sum(0).tolist()

@@ -406,3 +406,51 @@ def test_all_rows_masked_logits_numpy_weights():
     loss = LabelSmoothingCrossEntropy(.1, np.array([1., 2., 3., .5, 4.], dtype=np.float32))
     z, y, _ = batch()
     close(loss(z, y), F.cross_entropy(z, y, W, label_smoothing=.1))
+
+
+def test_ignored_component_of_a_mixture_is_unknown_to_a_binary_loss():
+    z, y = torch.randn(3, K), torch.tensor([1, -100, 2])
+    mixed = MixedTarget(y[:, None], torch.ones(3, 1), K)
+    close(LabelSmoothingBCE(.2, convention='half')(z, mixed), LabelSmoothingBCE(.2, convention='half')(z, y))
+
+
+def test_nan_logits_of_ignored_rows_do_not_matter():
+    z, y, _ = batch(ignored=False)
+    y[0] = -100
+    expected = LabelSmoothingCrossEntropy(.1)(z, y)
+    z[0] = math.nan
+    close(LabelSmoothingCrossEntropy(.1)(z, y), expected)
+    close(F.cross_entropy(z, y, label_smoothing=.1), expected)
+
+
+@pytest.mark.parametrize('dist', [None, Uniform()])
+def test_impossible_class_without_weight(dist):
+    z, w = torch.tensor([[1., 2., -math.inf]]), torch.tensor([1., 1., 0.])
+    log_p = z.log_softmax(1)[0, :2].tolist()
+    expected = -(.9*log_p[0] + .1/3*(log_p[0]+log_p[1]))
+    close(LabelSmoothingCrossEntropy(.1, w, dist=dist)(z, torch.tensor([0])), expected)
+
+
+def test_a_second_target_is_not_swallowed():
+    z, y, _ = batch()
+    with pytest.raises(TypeError): LabelSmoothingCrossEntropy()(z, y, y)
+
+
+def test_settings_are_checked_when_used():
+    z, y, _ = batch()
+    for name in ('convention', 'weight_by'):
+        loss = LabelSmoothingCrossEntropy(.1)
+        setattr(loss, name, 'foo')
+        with pytest.raises(ValueError, match=name): loss(z, y)
+
+
+def test_functional_forms_take_lists_and_check_ranges():
+    z, y, _ = batch()
+    close(smooth_cross_entropy(z, y, [.1]*K), smooth_cross_entropy(z, y, .1))
+    with pytest.raises(ValueError, match='holds 7'): smooth_binary_cross_entropy(z, torch.full((8, K), 7))
+
+
+def test_flattened_labels():
+    "fastai's losses take labels flattened"
+    z, y, axis = batch('NTK')
+    close(LabelSmoothingCrossEntropy()(z, y.flatten()), LabelSmoothingCrossEntropy()(z, y))
