@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.data.transforms import get_c
-from fastai.losses import BaseLoss, BCEWithLogitsLossFlat
+from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, DiceLoss, FocalLoss
 from fastai.losses import LabelSmoothingCrossEntropy as FastaiLabelSmoothing
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.loss import LabelSmoothingCrossEntropy as TimmLabelSmoothing
 from torch import Tensor, nn
 
-from .losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingNLL, SmoothingLoss
+from .losses import (LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingDice, LabelSmoothingFocal, LabelSmoothingNLL,
+                                  SmoothingLoss)
 from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, MixedTarget, check_choice, check_dist, check_eps, is_mixed, plain,
                                    smooth_binary, spread, to_dense)
 
@@ -59,9 +60,11 @@ def _(loss:SmoothingLoss):
     return copy_module(loss) # eps and dist of the copy can be set without touching the user's loss
 
 def copy_module(module):
-    "A shallow copy of a module: shares its tensors, but setting an attribute leaves the original alone"
+    "A copy of a loss that shares its tensors and distributions: setting an attribute of it, or of its parts, leaves the original alone"
     new = object.__new__(type(module))
     new.__dict__ = {k: dict(v) if k in ('_buffers', '_modules', '_parameters') else v for k, v in module.__dict__.items()}
+    for k, v in new._modules.items():
+        if isinstance(v, (SmoothingLoss, nn.ModuleList)): new._modules[k] = copy_module(v)
     return new
 
 @soft_loss.register
@@ -93,6 +96,18 @@ def _(loss:BaseLoss):
 def _(loss:FastaiLabelSmoothing):
     _same_forward(loss, FastaiLabelSmoothing)
     return LabelSmoothingCrossEntropy(loss.eps, loss.weight, loss.reduction, axis=1)
+
+@soft_loss.register
+def _(loss:FocalLoss):
+    _same_forward(loss, FocalLoss)
+    # fastai weights inside the focal factor, which has no counterpart for soft targets
+    if loss.weight is not None: raise ValueError("A weighted FocalLoss of fastai has no form for dense targets: use LabelSmoothingFocal(0., weight=...).")
+    return LabelSmoothingFocal(0., loss.gamma, None, loss.reduction, axis=1)
+
+@soft_loss.register
+def _(loss:DiceLoss):
+    _same_forward(loss, DiceLoss, '__call__')
+    return LabelSmoothingDice(0., loss.axis, loss.smooth, loss.reduction, square_in_union=loss.square_in_union)
 
 @soft_loss.register
 def _(loss:TimmLabelSmoothing):
@@ -191,7 +206,8 @@ class _TrainingLoss:
         "Follow a change that somebody made to the user's loss in the middle of the pass, such as new class weights"
         now = settings_of(self.user)
         if any(a is not b for a, b in zip(now, self.settings)): self.soft,self.settings = self.callback.prepare(self.user),now
-        if hasattr(self.user, 'reduction') and hasattr(self.soft, 'reduction'): self.soft.reduction = self.user.reduction
+        now = getattr(self.user, 'reduction', None)
+        if now is not None and now != getattr(self.soft, 'reduction', now): self.soft.reduction = now
         return self.soft
 
     @property
@@ -289,7 +305,8 @@ class LabelSmoothing(TrainingPassCallback):
     ): # Its counterpart for dense targets, with the settings of this callback
         "Make the loss that is trained with. A combination that has no meaning: ValueError"
         soft,name = soft_loss(user),type(user).__name__
-        strengths = [getattr(soft, n, None) for n in ('eps', 'eps_pos', 'eps_neg')]
+        leaves = soft.leaves() if isinstance(soft, SmoothingLoss) else [soft]
+        strengths = [getattr(leaf, n, None) for leaf in leaves for n in ('eps', 'eps_pos', 'eps_neg')]
         own = [e for e in strengths if e is not None and (isinstance(e, Tensor) or e != 0)]
         if own: raise ValueError(f"The loss {user!r} already smooths (eps={own[0]}), and so does {self!r}: remove the callback, or use a loss "
                                  "that doesn't smooth.")
@@ -299,11 +316,14 @@ class LabelSmoothing(TrainingPassCallback):
             raise ValueError(f"dist={self.dist!r} spreads mass over exclusive classes and cannot be used with the binary loss {user!r}.")
         if binary and self.negative: raise ValueError(f"negative=True has no meaning for the binary loss {user!r}: leave it out.")
         if self.convention is not None: check_choice(self.convention, BINARY_CONVENTIONS if binary else SOFTMAX_CONVENTIONS, f'convention for {name}')
-        if isinstance(soft, LabelSmoothingCrossEntropy):
-            if self.axis is not None: soft.axis = self.axis
-            if self.dist is not None: soft.dist = self.dist
-            soft.convention,soft.negative = self.convention or soft.convention,self.negative
-            check_dist(soft.dist, soft.convention)
+        for leaf in leaves if isinstance(soft, SmoothingLoss) and not binary else ():
+            for setting in ('axis', 'dist', 'convention'):
+                value = getattr(self, setting)
+                if value is None: continue
+                if not hasattr(leaf, setting): raise ValueError(f"{setting}={value!r} has no meaning for the loss {leaf!r}: leave it out.")
+                setattr(leaf, setting, value)
+            leaf.negative = self.negative
+            check_dist(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
         return soft
 
     def find_classes(self,
@@ -336,7 +356,7 @@ class LabelSmoothing(TrainingPassCallback):
         "Give a target the form in which mixers can blend it"
         if not isinstance(y, Tensor) or y.is_floating_point(): return y
         y,n = plain(y),loss.n_classes
-        if loss.binary:
+        if loss.binary or getattr(loss.soft, 'takes_multi_hot', False):
             indices = n is not None and n > 1 and y.dtype is not torch.bool and (y.ndim == 1 or y.shape[-1] == 1)
             if not indices: return y.to(torch.get_default_dtype()) if n is not None or y.ndim > 1 or y.dtype is torch.bool else y
             y = y.view(len(y)) if y.ndim == 2 else y
@@ -365,7 +385,8 @@ class LabelSmoothing(TrainingPassCallback):
             else: y = spread(y, eps, self.axis_of(soft), self.dist, self.convention or 'uniform')
         if isinstance(soft, SmoothingLoss):
             soft.eps = eps
-            if getattr(soft, 'dist', None) is not None: kwargs['inputs'] = loss.learn.xb[0] if len(loss.learn.xb) == 1 else loss.learn.xb
+            xb = loss.learn.xb
+            if any(getattr(leaf, 'dist', None) is not None for leaf in soft.leaves()): kwargs['inputs'] = xb[0] if len(xb) == 1 else xb
         return soft(pred, *yb[:i], y, *yb[i+1:], **kwargs)
 
     def binary_form(self, loss, y, pred):

@@ -6,7 +6,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/losses.html.md"""
 
 # %% auto #0
 __all__ = ['LabelSmoothingCrossEntropyFlat', 'SmoothingLoss', 'LabelSmoothingCrossEntropy', 'LabelSmoothingNLL',
-           'LabelSmoothingBCE']
+           'LabelSmoothingBCE', 'MultiLabelSmoothingCrossEntropy', 'LabelSmoothingFocal', 'LabelSmoothingDice',
+           'LogitPenalty', 'CombinedLoss']
 
 # %% ../nbs/03_losses.ipynb #6696734f
 import inspect
@@ -14,14 +15,16 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from .kernels import (REDUCTIONS, binary_cross_entropy, binary_target, check_axis, cross_entropy_of_log_probs,
-                                   in_single_precision)
-from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_dist, check_eps, eps_along, is_mixed,
-                                   smooth_binary, to_dense)
+from .kernels import (REDUCTIONS, binary_cross_entropy, binary_target, check_axis, check_probabilities,
+                                   cross_entropy_of_log_probs, in_single_precision, reduce)
+from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_dist, check_eps, eps_along, is_mixed, plain,
+                                   smooth_binary, spread, to_dense)
 
 # %% ../nbs/03_losses.ipynb #6cbe5021
 class SmoothingLoss(nn.Module):
     "Base of the losses: a checked `eps` and `reduction`, and a `repr` that builds the loss again"
+    takes_multi_hot = False # Whether an integer target of the shape of the predictions is multi-hot
+
     def __init__(self,
         eps:float, # Smoothing strength in [0, 1]: a number or one per class
         reduction:str, # 'mean', 'sum' or 'none'
@@ -31,21 +34,32 @@ class SmoothingLoss(nn.Module):
         self.negative = negative
         self.eps,self.reduction = eps,reduction
 
+    def parts(self)->list: # Losses; empty for a loss of its own
+        "The losses that this one is made of: they hold its eps and reduction"
+        return []
+
     @property
-    def eps(self)->float|Tensor: return self._eps
+    def eps(self)->float|Tensor: return self.parts()[0].eps if self.parts() else self._eps
     @eps.setter
     def eps(self, value):
+        for loss in self.parts(): loss.eps = value
+        if self.parts(): return
         value = check_eps(value, self.negative)
         self._buffers.pop('_eps', None), self.__dict__.pop('_eps', None)
         if isinstance(value, Tensor): self.register_buffer('_eps', value)
         else: self._eps = value
 
     @property
-    def reduction(self)->str: return self._reduction
+    def reduction(self)->str: return self.parts()[0].reduction if self.parts() else self._reduction
     @reduction.setter
     def reduction(self, value):
         check_choice(value, REDUCTIONS, 'reduction')
-        self._reduction = value
+        for loss in self.parts(): loss.reduction = value
+        if not self.parts(): self._reduction = value
+
+    def leaves(self)->list: # Losses without parts
+        "This loss, or the losses that it is made of in the end"
+        return [leaf for loss in self.parts() for leaf in loss.leaves()] or [self]
 
     def _weight(self, name, value):
         "Keep a weight as a buffer, so that `.to(device)` moves it"
@@ -146,6 +160,8 @@ class LabelSmoothingNLL(LabelSmoothingCrossEntropy):
 # %% ../nbs/03_losses.ipynb #b41aefa0
 class LabelSmoothingBCE(SmoothingLoss):
     "Binary cross entropy with label smoothing for multi-hot, dense or index targets; nan entries are unknown and left out"
+    takes_multi_hot = True
+
     def __init__(self,
         eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
         weight:Tensor|None=None, # Factor, broadcast against the logits: (K,) weights classes
@@ -190,3 +206,251 @@ class LabelSmoothingBCE(SmoothingLoss):
     )->Tensor: # Boolean, True where the label is predicted
         "The labels whose probability is above `thresh`"
         return pred > self.thresh
+
+# %% ../nbs/03_losses.ipynb #5be12ab0
+class MultiLabelSmoothingCrossEntropy(SmoothingLoss):
+    "Softmax cross entropy of multi-hot targets, each positive label with its share of the mass"
+    takes_multi_hot = True
+
+    def __init__(self,
+        eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
+        reduction:str='mean', # 'mean' over the rows with positives, 'sum' or 'none' (one loss per row)
+        *,
+        axis:int=-1, # Class dimension
+    ):
+        super().__init__(eps, reduction)
+        self.axis = axis
+
+    def forward(self,
+        pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
+        target:Tensor, # Multi-hot or soft target of the same shape (nan: unknown, counts as not there), or indices (N, *)
+    )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
+        "Smoothed cross entropy with the positives of a row sharing its mass. Shapes or labels that do not fit: ValueError"
+        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
+        y = target
+        if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(plain(y).to(logits.dtype).nan_to_num(0.))
+        else: y = to_dense(y, pred.shape[axis], axis).to(logits.dtype)
+        n = y.sum(axis, keepdim=True)
+        q = y/n.where(n > 0, 1.)
+        return cross_entropy_of_log_probs(logits.log_softmax(axis), q, self.eps, axis, None, 'class', None, self.reduction)
+
+    def activation(self,
+        pred:Tensor # Logits
+    )->Tensor: # Probabilities of the same shape, which sum to 1 over the classes
+        "Softmax along `axis`"
+        return pred.softmax(self.axis)
+
+    def decodes(self,
+        pred:Tensor # Probabilities
+    )->Tensor: # Boolean, True where the label is predicted
+        "The labels with more than their even share 1/K: at the optimum these are the positives, however many there are"
+        return pred > 1/pred.shape[self.axis]
+
+# %% ../nbs/03_losses.ipynb #769fcef1
+class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
+    "Focal loss with label smoothing, Lin et al. 2017, https://arxiv.org/abs/1708.02002"
+    def __init__(self,
+        eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
+        gamma:float=2.0, # Focusing, at least 0: the larger, the less easy examples count. 0 is cross entropy
+        weight:Tensor|None=None, # Class weights (K,)
+        reduction:str='mean', # 'mean' over the weighted mass of the unsmoothed target, 'sum' or 'none' (one loss per position)
+        *,
+        axis:int=-1, # Class dimension of predictions and dense targets
+        ignore_index:int|None=-100, # Index label that is left out
+        dist:nn.Module|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+        convention:str='uniform', # What eps means: 'uniform', 'others' or 'classy', see `smooth_labels`
+        weight_by:str='class', # 'class': a weight is a factor of the class's term. 'example': of the example's whole loss
+    ):
+        super().__init__(eps, weight, reduction, axis=axis, ignore_index=ignore_index, dist=dist, convention=convention, weight_by=weight_by)
+        if isinstance(gamma, bool) or not gamma >= 0: raise ValueError(f"gamma must be at least 0, but got {gamma!r}.")
+        self.gamma = gamma
+
+    def log_probs(self, pred, axis):
+        log_p = pred.log_softmax(axis)
+        return log_p*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)**self.gamma if self.gamma else log_p
+
+# %% ../nbs/03_losses.ipynb #e200e2a1
+class LabelSmoothingDice(SmoothingLoss):
+    "Dice loss with label smoothing for index masks and soft targets: 1 - (2 intersection + smooth) / (union + smooth) per example and class"
+    def __init__(self,
+        eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
+        axis:int=1, # Class dimension
+        smooth:float=1e-6, # Added to both parts of the fraction, above 0
+        reduction:str='sum', # 'sum' (as fastai's), 'mean' or 'none', over examples and classes (N, K)
+        *,
+        square_in_union:bool=False, # Squares in the union: steeper gradients
+        dist:nn.Module|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+        ignore_index:int|None=-100, # Index label whose pixels are left out
+    ):
+        super().__init__(eps, reduction)
+        if not smooth > 0: raise ValueError(f"smooth must be above 0, but got {smooth!r}.")
+        self.axis,self.smooth,self.square_in_union,self.dist,self.ignore_index = axis,smooth,square_in_union,dist,ignore_index
+
+    def forward(self,
+        pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
+        target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
+        *,
+        inputs=None, # What the model was called with, for distributions that ask for it
+    )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, K) for reduction 'none'
+        "Dice of the smoothed target. Shapes or labels that do not fit: ValueError"
+        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
+        if axis == 0: raise ValueError(f"axis=0 of predictions of shape {tuple(pred.shape)} counts examples: the classes need another one.")
+        if not is_mixed(target) and target.ndim == pred.ndim and not target.is_floating_point(): target = target.squeeze(axis)
+        q = to_dense(target, pred.shape[axis], axis, self.ignore_index).to(logits.dtype)
+        if tuple(q.shape) != tuple(pred.shape):
+            raise ValueError(f"Predictions of shape {tuple(pred.shape)} do not fit a dense target of shape {tuple(q.shape)}.")
+        p = logits.softmax(axis)*q.sum(axis, keepdim=True) # a pixel without mass counts for nothing
+        q = spread(q, self.eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
+        area = [d for d in range(1, pred.ndim) if d != axis]
+        total = lambda x: x.sum(area) if area else x
+        if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())
+        else: inter,union = total(torch.minimum(p, q)),total(p+q)
+        loss = 1 - (2*inter+self.smooth)/(union+self.smooth)
+        return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' else loss.mean()
+
+    def activation(self,
+        pred:Tensor # Logits
+    )->Tensor: # Probabilities of the same shape
+        "Softmax along `axis`"
+        return pred.softmax(self.axis)
+
+    def decodes(self,
+        pred:Tensor # Logits or probabilities
+    )->Tensor: # Class indices, without the class dimension
+        "The most probable class along `axis`"
+        return pred.argmax(self.axis)
+
+# %% ../nbs/03_losses.ipynb #a26b9236
+class LogitPenalty(SmoothingLoss):
+    "A loss plus a penalty on its logits: margin (Liu et al. 2022), maxsup (2025), or confidence (Pereyra et al. 2017)"
+    def __init__(self,
+        loss:SmoothingLoss, # The loss to add to: any loss of this module over exclusive classes
+        kind:str='margin', # 'margin', 'maxsup' or 'confidence'
+        strength:float=0.1, # Factor of the penalty, at least 0
+        margin:float=10., # For 'margin': distance to the top logit that costs nothing, at least 0
+    ):
+        check_choice(kind, ('margin', 'maxsup', 'confidence'), 'kind')
+        for name, value in (('strength', strength), ('margin', margin)):
+            if isinstance(value, bool) or not value >= 0: raise ValueError(f"{name} must be at least 0, but got {value!r}.")
+        if not isinstance(loss, SmoothingLoss): raise TypeError(f"LogitPenalty takes a loss of fastai_smooth, but got {loss!r}.")
+        if isinstance(loss, LabelSmoothingBCE) or len(loss.leaves()) > 1:
+            raise ValueError(f"LogitPenalty compares the logits of exclusive classes and has no meaning around {loss!r}. "
+                             "In a CombinedLoss put it around the part that it is for.")
+        nn.Module.__init__(self)
+        self.loss,self.kind,self.strength,self.margin = loss,kind,strength,margin
+
+    def forward(self,
+        pred:Tensor, # Logits, (N, K, *) with the classes at the axis of the loss
+        target:Tensor, # A target of the loss
+        **kwargs # For the loss
+    )->Tensor: # Loss: 0-d, or as that of the loss for reduction 'none'
+        "The loss and its penalty"
+        loss,axis = self.loss(pred, target, **kwargs),check_axis(pred, self.loss.axis)
+        z = in_single_precision(pred)
+        if self.kind == 'margin': penalty = (z.amax(axis, keepdim=True)-z-self.margin).relu().mean(axis)
+        elif self.kind == 'maxsup': penalty = z.amax(axis)-z.mean(axis)
+        else:
+            log_p = z.log_softmax(axis)
+            penalty = (log_p.exp()*log_p).sum(axis)
+        known = mass_of(target, pred, axis, getattr(self.leaves()[0], 'ignore_index', -100)).to(penalty.dtype)
+        penalty = self.strength*penalty*known
+        if self.reduction != 'none': return loss + reduce(penalty, known, self.reduction)
+        if isinstance(self.leaves()[0], LabelSmoothingDice): return loss + (penalty.flatten(1).mean(1) if penalty.ndim > 1 else penalty)[:,None]
+        return loss + penalty
+
+    def parts(self): return [self.loss]
+    @property
+    def axis(self)->int: return self.loss.axis
+    @property
+    def y_int(self)->bool: return getattr(self.loss, 'y_int', False)
+    @property
+    def takes_multi_hot(self)->bool: return self.loss.takes_multi_hot
+    def activation(self,
+        pred:Tensor # Logits
+    )->Tensor: # What the loss makes of them
+        "The activation of the loss"
+        return self.loss.activation(pred)
+    def decodes(self,
+        pred:Tensor # Logits or probabilities
+    )->Tensor: # What the loss makes of them
+        "The decoding of the loss"
+        return self.loss.decodes(pred)
+    def __repr__(self):
+        margin = f', margin={self.margin!r}' if self.kind == 'margin' and self.margin != 10. else ''
+        return f"LogitPenalty({self.loss!r}, {self.kind!r}, strength={self.strength!r}{margin})"
+
+# %% ../nbs/03_losses.ipynb #a2024321
+def mass_of(
+    target, # Index, dense or mixed target
+    pred:Tensor, # Logits (N, K, *)
+    axis:int, # Class dimension, not negative
+    ignore_index:int|None, # Index without mass
+)->Tensor: # 1 for a position that has a label, its mass for a soft target, 0 where ignored; at most 1
+    "How much there is to learn at each position"
+    if is_mixed(target) or target.is_floating_point(): return (target.dense() if is_mixed(target) else plain(target)).nansum(axis).clamp(max=1.)
+    if target.ndim == pred.ndim and target.shape[axis] > 1: return (target.sum(axis) > 0).float() # multi-hot
+    if target.ndim == pred.ndim: target = target.squeeze(axis)
+    return (plain(target) != ignore_index).float()
+
+# %% ../nbs/03_losses.ipynb #d27534a0
+class CombinedLoss(SmoothingLoss):
+    "A weighted sum of losses that take the same predictions and targets"
+    def __init__(self,
+        *losses:SmoothingLoss, # Losses of this module
+        weights=None, # One factor per loss, at least 0. None: 1 each
+    ):
+        nn.Module.__init__(self)
+        if not losses: raise ValueError("CombinedLoss needs at least one loss, such as CombinedLoss(LabelSmoothingDice(), LabelSmoothingCrossEntropy(axis=1)).")
+        for loss in losses:
+            if not isinstance(loss, SmoothingLoss): raise TypeError(f"CombinedLoss takes losses of fastai_smooth, but got {loss!r}.")
+        weights = [1.]*len(losses) if weights is None else [float(w) for w in weights]
+        if len(weights) != len(losses): raise ValueError(f"weights has {len(weights)} numbers for {len(losses)} losses.")
+        if not all(w >= 0 for w in weights): raise ValueError(f"weights must be at least 0, but got {weights}.")
+        self.losses,self.weights,self._own = nn.ModuleList(losses),weights,None
+
+    @property
+    def reduction(self)->str: return self.losses[0].reduction
+    @reduction.setter
+    def reduction(self, value):
+        # fastai sets 'none' for a while and then the old value again: each part gets back its own
+        check_choice(value, REDUCTIONS, 'reduction')
+        now = [loss.reduction for loss in self.losses]
+        back = self._own if self._own and value == self._own[0] else [value]*len(now)
+        if value == 'none': self._own = self._own if set(now) == {'none'} else now
+        else: self._own = None
+        for loss, r in zip(self.losses, back): loss.reduction = r
+
+    @property
+    def axis(self)->int: return self.losses[0].axis
+    @property
+    def y_int(self)->bool: return all(getattr(loss, 'y_int', False) for loss in self.losses)
+    @property
+    def takes_multi_hot(self)->bool: return any(loss.takes_multi_hot for loss in self.losses)
+
+    def forward(self,
+        pred:Tensor, # Logits
+        target:Tensor, # A target that every part takes
+        **kwargs # For the parts that ask for it
+    )->Tensor: # The sum, 0-d; one loss per example (N,) for reduction 'none'
+        "The weighted sum. For reduction 'none' each part is averaged over what it has per example"
+        res = 0.
+        for w, loss in zip(self.weights, self.losses):
+            value = loss(pred, target, **(kwargs if getattr(loss, 'dist', None) is not None else {}))
+            if loss.reduction == 'none' and value.ndim > 1: value = value.flatten(1).mean(1)
+            res = res + w*value
+        return res
+
+    def parts(self): return list(self.losses)
+    def activation(self,
+        pred:Tensor # Logits
+    )->Tensor: # What the first loss makes of them
+        "The activation of the first loss"
+        return self.losses[0].activation(pred)
+    def decodes(self,
+        pred:Tensor # Logits or probabilities
+    )->Tensor: # What the first loss makes of them
+        "The decoding of the first loss"
+        return self.losses[0].decodes(pred)
+    def __repr__(self):
+        weights = '' if set(self.weights) == {1.} else f', weights={self.weights}'
+        return f"CombinedLoss({', '.join(map(repr, self.losses))}{weights})"
