@@ -9,6 +9,8 @@ __all__ = ['smooth_cross_entropy_reference', 'smooth_cross_entropy', 'smooth_bin
            'smooth_binary_cross_entropy']
 
 # %% ../nbs/02_kernels.ipynb #1a72cb67
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,11 +18,15 @@ from torch import Tensor
 # %% ../nbs/02_kernels.ipynb #d4b81c57
 REDUCTIONS = 'mean', 'sum', 'none'
 
+def plain_tensor(x):
+    "`x` without its tensor subclass, whose dispatch is slow"
+    return x if type(x) is Tensor else x.as_subclass(Tensor)
+
 def in_single_precision(
     x:Tensor # Logits of any floating dtype
 )->Tensor: # float32 for half precision, unchanged otherwise
     "Plain tensor in which sums of exponentials are safe"
-    x = x.as_subclass(Tensor) if type(x) is not Tensor else x
+    x = plain_tensor(x)
     if not x.is_floating_point(): raise TypeError(f"Logits must be floating, but have the dtype {x.dtype}.")
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -72,11 +78,11 @@ def entries(
     elif not isinstance(target, Tensor): raise TypeError(f"The target must be a tensor or a MixedTarget, but is a {type(target).__name__}.")
     elif target.is_floating_point():
         if tuple(target.shape) != shape: raise shape_error(shape, tuple(target.shape), axis, False)
-        return target.as_subclass(Tensor).to(logits.dtype), None
+        return plain_tensor(target).to(logits.dtype), None
     elif target.dtype is torch.bool:
         raise TypeError("A bool target is ambiguous: pass `.long()` for class indices or `.float()` for a dense target.")
     else:
-        index, coefficient = target.as_subclass(Tensor).long(), None
+        index, coefficient = plain_tensor(target).long(), None
         if index.ndim == 1 < len(shape)-1 and len(index) == logits.select(axis, 0).numel():
             index = index.view(shape[:axis] + shape[axis+1:]) # flattened, as fastai's losses allow
         if index.ndim == len(shape)-1: index = index.unsqueeze(axis)
@@ -119,7 +125,7 @@ def per_class(
 ): # A number, or a tensor to multiply coefficients with
     "One value per class, laid along `axis`, or looked up for each index"
     if not isinstance(value, Tensor) or value.ndim == 0: return value
-    value = value.as_subclass(Tensor)
+    value = plain_tensor(value)
     if value.ndim != 1 or len(value) != logits.shape[axis]:
         raise ValueError(f"{name} must have one value for each of the {logits.shape[axis]} classes, but has the shape {tuple(value.shape)}.")
     value = value.to(logits)
@@ -176,6 +182,168 @@ def smooth_cross_entropy_reference(
     logits, axis = in_single_precision(logits), check_axis(logits, axis)
     return cross_entropy_of_log_probs(logits.log_softmax(axis), target, eps, axis, weight, weight_by, ignore_index, reduction)
 
+# %% ../nbs/02_kernels.ipynb #b2d9a4e4
+BLOCK = 2**19 # elements per block: about half a level-2 cache and its neighbourhood
+
+def plain_needed(*tensors):
+    "Whether something asks for the plain formula: a device, a transform or a compiler that custom Functions do not serve"
+    return (any(t.device.type != 'cpu' or t.dtype not in (torch.float32, torch.float64) for t in tensors) or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+
+class _GivesGradientAway(torch.autograd.Function):
+    "A loss whose gradient was computed with it. `compute` gives both; `plain` is the same loss for autograd"
+    @staticmethod
+    def forward(ctx, logits, wanted, compute, plain):
+        loss, buffer = compute(logits, wanted)
+        if wanted:
+            ctx.save_for_backward(logits)
+            ctx.buffer, ctx.compute, ctx.plain = buffer, compute, plain
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled(): # the gradient is to be differentiated in its turn
+            logits, = ctx.saved_tensors
+            return torch.autograd.grad(ctx.plain(logits), logits, grad, create_graph=True)[0], None, None, None
+        buffer, ctx.buffer = ctx.buffer, None
+        if buffer is None: buffer = ctx.compute(ctx.saved_tensors[0].detach(), True)[1] # given away: once more, bit for bit
+        scale = grad.item()
+        return buffer if scale == 1. else buffer.mul_(scale), None, None, None
+
+def rows_of(logits, axis):
+    "The logits as (A, K) or (A, K, B), a view if their memory allows, and how to shape such a tensor back"
+    shape = logits.shape
+    if axis == len(shape)-1 or logits.is_contiguous():
+        after = 1
+        for n in shape[axis+1:]: after *= n
+        rows = logits.reshape((-1, shape[axis]) if after == 1 else (-1, shape[axis], after))
+        return rows, (lambda t: t) if rows.shape == shape else (lambda t: t.view(shape))
+    last = logits.movedim(axis, -1) # channels_last
+    return last.reshape(-1, shape[axis]), lambda t: t.view(last.shape).movedim(-1, axis)
+
+def softmax_blocks(z, wanted):
+    "Yields slices of about `BLOCK` elements and their softmax: parts of one buffer if that is `wanted`, one small block again and again if not"
+    rows, size = len(z), z[:1].numel()
+    # without a gradient the block is only scratch: smaller, so that it stays nearer
+    step = max(1, (BLOCK if wanted else BLOCK//2)//size)
+    if step >= rows: yield slice(None), torch.softmax(z, 1)
+    else:
+        out = torch.empty_like(z if wanted else z[:step], memory_format=torch.contiguous_format)
+        for i in range(0, rows, step):
+            s = slice(i, min(i+step, rows))
+            yield s, torch.softmax(z[s], 1, out=out[s] if wanted else out[:s.stop-i])
+
+def sparse_pass(z, index, coefficient, eps, scale, wanted):
+    "Sum of the losses of logits (A, K, *) and indices (A, m, *), and `scale` times its gradient"
+    k, total, least, g = z.shape[1], 0., 1e-30 if z.dtype is torch.float32 else 1e-290, None
+    for s, p in softmax_blocks(z, wanted):
+        zb, ib = (z, index) if s.start is None else (z[s], index[s])
+        chosen = p.gather(1, ib)
+        if not chosen.amin().item() >= least: chosen = zb.log_softmax(1).gather(1, ib) # an underflow, nan included
+        else: chosen.log_()
+        if coefficient is None:
+            total -= chosen.sum().item()
+            if eps: total += eps*(zb.gather(1, ib).sum().item() - zb.sum().item()/k)
+            if wanted: p.mul_(scale).sub_(eps*scale/k).scatter_add_(1, ib, chosen.fill_((eps-1)*scale))
+        else:
+            c = coefficient if s.start is None else coefficient[s]
+            mass = c.sum(1, keepdim=True)
+            total -= chosen.mul_(c).sum().item()
+            if eps: total += eps*((zb.gather(1, ib)*c).sum().item() - (zb.sum(1, keepdim=True)*mass).sum().item()/k)
+            if wanted: p.sub_(eps/k).mul_(mass*scale).scatter_add_(1, ib, torch.mul(c, (eps-1)*scale, out=chosen))
+        if g is None: g = p if s.start is None else p._base
+    return total, g
+
+def dense_pass(z, q, mass, eps, scale, wanted):
+    "Sum of the losses of logits (A, K, *) and dense targets, and `scale` times its gradient"
+    k, total, g = z.shape[1], 0., None
+    for s, p in softmax_blocks(z, wanted):
+        zb, qb, m = (z, q, mass) if s.start is None else (z[s], q[s], mass[s])
+        log_norm = zb.amax(1, keepdim=True) - p.amax(1, keepdim=True).log_() # of the largest entry, which cannot underflow
+        total += (m*log_norm).sum().item() - (1-eps)*torch.dot(qb.reshape(-1), zb.reshape(-1)).item()
+        if eps: total -= eps*(zb.sum(1, keepdim=True)*m).sum().item()/k
+        if wanted: p.sub_(eps/k).mul_(m*scale).sub_(qb, alpha=(1-eps)*scale)
+        if g is None: g = p if s.start is None else p._base
+    return total, g
+
+def fast_cross_entropy(
+    logits:Tensor, # Plain float32 or float64 logits (N, K, *)
+    target, # Index, dense or mixed target
+    eps:float, # Smoothing strength
+    axis:int, # Class dimension, not negative
+    ignore_index:int|None, # Index that has no mass
+    reduction:str, # 'mean' or 'sum'
+    plain, # The same loss as a function of the logits alone
+)->Tensor|None: # Loss, or None where the plain formula has to speak
+    "Smoothed cross entropy with its gradient in one go"
+    shape = tuple(logits.shape)
+    if not logits.numel() or plain_needed(logits): return None
+    q = coefficient = None
+    if not isinstance(target, Tensor):
+        if not getattr(target, 'is_sparse_mixture', False) or tuple(target.shape) != shape or target.axis != axis or target.weights.requires_grad: return None
+        index, coefficient, ignore_index = target.indices, target._weights, target.ignore_index
+    elif target.is_floating_point():
+        if tuple(target.shape) != shape or target.requires_grad or target.device != logits.device: return None
+        q = plain_tensor(target).to(logits.dtype)
+    else:
+        if target.dtype is torch.bool or tuple(target.shape) != shape[:axis] + shape[axis+1:]: return None
+        index = plain_tensor(target).long()
+
+    def compute(x, wanted):
+        z, back = rows_of(x, axis)
+        k, flat = z.shape[1], z.ndim == 2
+        scale_of = lambda n: 1. if reduction == 'sum' else 1/n if n > 0 else 0.
+        def aligned(t): # a target (N, m, *) or (N, K, *), like the rows
+            t = t.expand(t.shape[0], t.shape[1], *shape[1:axis], *shape[axis+1:]) if t.ndim == len(shape) else t
+            return t.movedim(1, -1).reshape(len(z), -1) if flat else t.reshape(len(z), t.shape[1], -1)
+        if q is not None:
+            qz = q.movedim(axis, -1).reshape(z.shape) if flat else q.reshape(z.shape)
+            mass = qz.sum(1, keepdim=True)
+            scale = scale_of(mass.sum().item())
+            total, g = dense_pass(z, qz, mass, eps, scale, wanted)
+        elif coefficient is None:
+            idx, total = index.reshape((-1, 1) if flat else (len(z), 1, z.shape[2])), None
+            if ignore_index is None or not 0 <= ignore_index < k:
+                scale = scale_of(idx.numel())
+                # an ignored label is outside the classes: that there are any shows in the look-up
+                try: total, g = sparse_pass(z, idx, None, eps, scale, wanted)
+                except (RuntimeError, IndexError): pass
+            if total is None:
+                kept = torch.ones_like(idx, dtype=torch.bool) if ignore_index is None else idx != ignore_index
+                scale = scale_of(kept.sum().item())
+                total, g = sparse_pass(z, idx*kept, kept.to(z.dtype), eps, scale, wanted)
+        else:
+            idx, c = index, coefficient.to(z.dtype)
+            kept = None if ignore_index is None else idx != ignore_index
+            if kept is not None and not kept.all(): idx, c = idx*kept, c*kept
+            idx, c = aligned(idx), aligned(c)
+            scale = scale_of(c.sum().item())
+            total, g = sparse_pass(z, idx, c, eps, scale, wanted)
+        return z.new_tensor(total*scale), back(g) if wanted else None
+
+    try: loss = _GivesGradientAway.apply(logits, logits.requires_grad and torch.is_grad_enabled(), compute, plain)
+    except (RuntimeError, IndexError): return None # a label outside the classes: the plain formula says which
+    return loss if math.isfinite(loss.item()) else None
+
+
+def cross_entropy(
+    logits:Tensor, # Logits in at least single precision, (N, K, *)
+    target, # Index, dense or mixed target
+    eps, # Smoothing strength: a number or one per class
+    axis:int, # Class dimension, not negative
+    weight:Tensor|None, # Class weights (K,)
+    weight_by:str, # 'class' or 'example'
+    ignore_index:int|None, # Index that has no mass
+    reduction:str, # 'mean', 'sum' or 'none'
+)->Tensor: # Loss
+    "Smoothed cross entropy of logits, the fast way where there is one"
+    plain = lambda z: cross_entropy_of_log_probs(z.log_softmax(axis), target, eps, axis, weight, weight_by, ignore_index, reduction)
+    if weight is None and reduction in ('mean', 'sum') and not isinstance(eps, Tensor) and weight_by in ('class', 'example'):
+        loss = fast_cross_entropy(logits, target, eps, axis, ignore_index, reduction, plain)
+        if loss is not None: return loss
+    return plain(logits)
+
+# %% ../nbs/02_kernels.ipynb #0afbe3f8
 def smooth_cross_entropy(
     logits:Tensor, # Logits, (N, K, *) with the classes at `axis`, any floating dtype; half precision is computed in float32
     target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
@@ -188,8 +356,9 @@ def smooth_cross_entropy(
     reduction:str='mean', # 'mean' over the weighted mass of the unsmoothed target, 'sum' or 'none' (one loss per position)
 )->Tensor: # Loss: 0-d, or (N, *) for 'none'
     "Cross entropy with uniform label smoothing, of index, dense or mixed targets. Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
-    return smooth_cross_entropy_reference(logits, target, eps, axis=axis, weight=weight, weight_by=weight_by,
-                                          ignore_index=ignore_index, reduction=reduction)
+    eps = check_strength(eps)
+    logits, axis = in_single_precision(logits), check_axis(logits, axis)
+    return cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
 
 # %% ../nbs/02_kernels.ipynb #383aa4f4
 def check_probabilities(
@@ -214,7 +383,7 @@ def binary_target(
             unknown = ((mixture.indices == mixture.ignore_index) & (mixture.weights > 0)).any(1)
             target = target.masked_fill(unknown.unsqueeze(mixture.axis), torch.nan)
     if not isinstance(target, Tensor): raise TypeError(f"The target must be a tensor or a MixedTarget, but is a {type(target).__name__}.")
-    target = target.as_subclass(Tensor)
+    target = plain_tensor(target)
     without_ones = lambda s: [n for n in s if n != 1]
     if tuple(target.shape) == shape or (target.numel() == logits.numel() and without_ones(target.shape) == without_ones(shape)):
         return check_probabilities(target.reshape(shape).to(logits.dtype)), False

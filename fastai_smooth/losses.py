@@ -15,7 +15,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from .kernels import (REDUCTIONS, binary_cross_entropy, binary_target, check_axis, check_probabilities,
+from .kernels import (REDUCTIONS, binary_cross_entropy, binary_target, check_axis, check_probabilities, cross_entropy,
                                    cross_entropy_of_log_probs, in_single_precision, reduce)
 from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_dist, check_eps, eps_along, is_mixed, plain,
                                    smooth_binary, spread, to_dense)
@@ -107,10 +107,13 @@ class LabelSmoothingCrossEntropy(SmoothingLoss):
         inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy. Shapes or labels that do not fit: ValueError"
-        axis = check_axis(pred, self.axis)
-        log_probs = self.log_probs(in_single_precision(pred), axis)
+        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
         args = (axis, self.weight, self.weight_by, self.ignore_index)
-        if self.dist is None: return cross_entropy_of_log_probs(log_probs, target, self._uniform_eps(pred.shape[axis]), *args, self.reduction)
+        if self.dist is None:
+            eps = self._uniform_eps(pred.shape[axis])
+            if type(self).log_probs is LabelSmoothingCrossEntropy.log_probs: return cross_entropy(logits, target, eps, *args, self.reduction)
+            return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args, self.reduction)
+        log_probs = self.log_probs(logits, axis)
         check_dist(self.dist, self.convention)
         if not is_mixed(target) and target.ndim == pred.ndim and not target.is_floating_point(): target = target.squeeze(axis)
         q = to_dense(target, pred.shape[axis], axis, self.ignore_index).to(log_probs.dtype)

@@ -1,0 +1,220 @@
+"The fast path of the kernels: the plain formula's numbers and gradients in every situation that autograd knows"
+import math
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastai_smooth.kernels as kernels
+from fastai_smooth.kernels import smooth_cross_entropy, smooth_cross_entropy_reference
+from fastai_smooth.losses import LabelSmoothingCrossEntropy
+from fastai_smooth.targets import MixedTarget
+
+K = 7
+
+
+def close(a, b, tol=1e-6): torch.testing.assert_close(a, b, rtol=tol, atol=tol, check_dtype=False)
+
+
+def make(form, shape=(6, K), axis=-1, dtype=torch.float64, ignored=False, scale=1.):
+    "Logits and a target of a form"
+    z = scale*torch.randn(shape, dtype=dtype)
+    y = torch.randint(0, shape[axis], z.select(axis, 0).shape)
+    if ignored: y.view(-1)[::4] = -100
+    if form == 'index': return z, y
+    if form == 'dense': return z, torch.rand(shape, dtype=dtype)
+    w = torch.rand(len(y), 1, *[1]*(y.ndim-1), dtype=dtype)
+    return z, MixedTarget(torch.stack([y, y.flip(0)], 1), torch.cat([w, 1-w], 1), shape[axis], axis)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    "Counts losses that the fast path gave"
+    seen, fast = [], kernels.fast_cross_entropy
+
+    def counted(*args, **kwargs):
+        loss = fast(*args, **kwargs)
+        seen.append(loss is not None)
+        return loss
+    monkeypatch.setattr(kernels, 'fast_cross_entropy', counted)
+    return seen
+
+
+FORMS = ['index', 'dense', 'mixed']
+LAYOUTS = [((6, K), -1), ((4, K, 3, 2), 1), ((3, 5, K), -1), ((4, K, 1), 1), ((1, K), 1), ((5, 1), -1), ((3, 2), -1)]
+
+
+@pytest.mark.parametrize('block', [8, 2**19])
+@pytest.mark.parametrize('ignored', [False, True])
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+@pytest.mark.parametrize('eps', [0., .1, 1.])
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('shape, axis', LAYOUTS)
+def test_equals_the_plain_formula(shape, axis, form, eps, reduction, ignored, block, calls, monkeypatch):
+    "Also where the work is cut into many blocks"
+    monkeypatch.setattr(kernels, 'BLOCK', block)
+    z, target = make(form, shape, axis, ignored=ignored)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    fast = smooth_cross_entropy(a, target, eps, axis=axis, reduction=reduction)
+    plain = smooth_cross_entropy_reference(b, target, eps, axis=axis, reduction=reduction)
+    fast.backward(), plain.backward()
+    close(fast, plain, 1e-10), close(a.grad, b.grad, 1e-10)
+    with torch.no_grad(): close(smooth_cross_entropy(a, target, eps, axis=axis, reduction=reduction), plain, 1e-10)
+    assert calls == [True, True]
+
+
+@given(st.integers(1, 40), st.integers(2, 300), st.floats(0, 1), st.floats(.1, 30), st.integers(0, 2**31))
+def test_single_precision_is_as_good(n, k, eps, scale, seed):
+    "float32 within 1e-6 of float64, relative to the size of the numbers that are added up"
+    torch.manual_seed(seed)
+    z, y = scale*torch.randn(n, k), torch.randint(0, k, (n,))
+    a, b = z.clone().requires_grad_(), z.double().requires_grad_()
+    fast, exact = smooth_cross_entropy(a, y, eps), smooth_cross_entropy_reference(b, y, eps)
+    fast.backward(), exact.backward()
+    assert abs(fast.item()-exact.item()) < 1e-6*(1+exact.item()+scale)
+    close(a.grad, b.grad.float(), 1e-6)
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('shape, axis', [((4, K), -1), ((2, K, 3), 1)])
+def test_gradients_of_gradients(shape, axis, form):
+    z, target = make(form, shape, axis)
+    f = lambda z: smooth_cross_entropy(z, target, .2, axis=axis)
+    z.requires_grad_()
+    assert torch.autograd.gradcheck(f, z) and torch.autograd.gradgradcheck(f, z)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_backward_twice_and_scaled(form):
+    z, target = make(form)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    (smooth_cross_entropy_reference(b, target)*2.5).backward()
+    loss = smooth_cross_entropy(a, target)*2.5
+    loss.backward(retain_graph=True)
+    first = a.grad.clone()
+    a.grad.zero_()  # an edit of the gradient that was given away must not reach the second one
+    a.grad = None
+    loss.backward()
+    close(first, b.grad), close(a.grad, b.grad)
+
+
+def test_gradient_accumulates():
+    z, y = make('index')
+    z.requires_grad_()
+    for _ in range(3): smooth_cross_entropy(z, y).backward()
+    x = z.detach().clone().requires_grad_()
+    smooth_cross_entropy_reference(x, y).backward()
+    close(z.grad, 3*x.grad)
+
+
+def test_no_gradient_no_buffer():
+    z, y = make('index', (64, 50))
+    z.requires_grad_()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(): loss = smooth_cross_entropy(z, y)
+        assert not loss.requires_grad and loss.grad_fn is None
+    loss = smooth_cross_entropy(z, y)
+    assert loss.grad_fn.buffer.shape == z.shape
+    loss.backward()
+    assert loss.grad_fn.buffer is None
+
+
+@pytest.mark.parametrize('form', ['index', 'dense', 'mixed'])
+@pytest.mark.parametrize('kind', ['transposed', 'expanded', 'sliced', 'channels_last', 'permuted'])
+def test_any_memory_layout(kind, form):
+    shape, axis = ((4, K, 3, 2), 1) if kind in ('channels_last', 'permuted') else ((6, K), -1)
+    z, target = make(form, shape, axis)
+    z = {'transposed': lambda: z.T.contiguous().T, 'expanded': lambda: z[:1].expand(6, K), 'sliced': lambda: torch.randn(6, 2*K, dtype=z.dtype)[:, ::2],
+         'channels_last': lambda: z.contiguous(memory_format=torch.channels_last),
+         'permuted': lambda: z.permute(2, 1, 3, 0).contiguous().permute(3, 1, 0, 2)}[kind]()
+    a, b = z.detach().requires_grad_(), z.detach().clone().requires_grad_()
+    fast, plain = smooth_cross_entropy(a, target, axis=axis), smooth_cross_entropy_reference(b, target, axis=axis)
+    (ga,), (gb,) = torch.autograd.grad(fast, a), torch.autograd.grad(plain, b)
+    close(fast, plain), close(ga, gb)
+
+
+def test_underflow_and_infinities():
+    "p below the smallest number, impossible classes, nan: what the plain formula says"
+    y = torch.tensor([0, 1])
+    for row in ([-200., 100., 3.], [-1e4, 0., 1.], [-math.inf, 1., 2.], [math.inf, 0., 0.], [math.nan, 0., 0.], [0., -math.inf, 1.]):
+        for eps in (0., .1):
+            z = torch.tensor([row, [1., 2., 3.]])
+            for target in (y, F.one_hot(y, 3).float()):
+                a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+                fast, plain = smooth_cross_entropy(a, target, eps), smooth_cross_entropy_reference(b, target, eps)
+                fast.backward(), plain.backward()
+                torch.testing.assert_close(fast, plain, equal_nan=True), torch.testing.assert_close(a.grad, b.grad, equal_nan=True)
+
+
+def test_what_is_left_to_the_plain_formula(calls):
+    z, y = make('index')
+    w = torch.ones(K, dtype=z.dtype)
+    smooth_cross_entropy(z, y, weight=w), smooth_cross_entropy(z, y, reduction='none'), smooth_cross_entropy(z, y, [.1]*K)
+    assert calls == []
+    q = torch.rand(6, K, dtype=z.dtype, requires_grad=True)
+    smooth_cross_entropy(z, q).backward()
+    assert calls == [False] and q.grad is not None
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, torch.ones_like(z))
+        assert torch.autograd.forward_ad.unpack_dual(smooth_cross_entropy(dual, y)).tangent is not None
+
+
+def test_functional_transforms():
+    z, y = make('index')
+    grad = torch.func.grad(lambda z: smooth_cross_entropy(z, y))(z)
+    x = z.clone().requires_grad_()
+    smooth_cross_entropy(x, y).backward()
+    close(grad, x.grad)
+    each = torch.func.vmap(lambda z, y: smooth_cross_entropy(z[None], y[None]))(z, y)
+    close(each, smooth_cross_entropy(z, y, reduction='none'))
+
+
+def test_compiles_whole():
+    "torch's tracer takes model and loss as one graph"
+    z, y = make('index', dtype=torch.float32)
+    model, loss = torch.nn.Linear(K, K), LabelSmoothingCrossEntropy(.1)
+    compiled = torch.compile(lambda z, y: loss(model(z), y), fullgraph=True, backend='eager')
+    close(compiled(z, y), loss(model(z), y))
+
+
+def test_labels_out_of_range():
+    z, y = make('index')
+    for bad in (K, -1, 99):
+        with pytest.raises(ValueError, match=f'Label {bad} '): smooth_cross_entropy(z.requires_grad_(), y.clamp(min=bad) if bad > 0 else y*0+bad)
+
+
+def test_changes_of_the_logits_after_the_loss():
+    "The gradient was computed with the loss"
+    z, y = make('index')
+    z.requires_grad_()
+    x = z*1
+    loss = smooth_cross_entropy(x, y)
+    with torch.no_grad(): x.zero_()
+    loss.backward()
+    expected = z.detach().clone().requires_grad_()
+    smooth_cross_entropy_reference(expected, y).backward()
+    close(z.grad, expected.grad)
+
+
+def test_deterministic_and_from_several_threads():
+    z, y = make('index', (50, 30), dtype=torch.float32)
+    results = []
+
+    def work():
+        x = z.clone().requires_grad_()
+        smooth_cross_entropy(x, y).backward()
+        results.append(x.grad)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(results) == 4 and all(torch.equal(r, results[0]) for r in results)
+
+
+def test_nothing_at_all():
+    z = torch.zeros(0, K, requires_grad=True)
+    loss = smooth_cross_entropy(z, torch.zeros(0).long())
+    loss.backward()
+    assert loss == 0 and z.grad.shape == (0, K)
