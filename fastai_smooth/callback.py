@@ -363,7 +363,7 @@ class LabelSmoothing(TrainingPassCallback):
             return to_dense(y, n, axis=-1).masked_fill((y == -100).unsqueeze(-1), torch.nan)
         if n is None or y.dtype is torch.bool: return y
         axis = self.axis_of(loss.soft)
-        if y.ndim > 1 and y.shape[axis] == 1: y = y.squeeze(axis) # a class dimension of size 1, as fastai's tabular data has
+        if 1 < y.ndim > (axis if axis >= 0 else -axis-1) and y.shape[axis] == 1: y = y.squeeze(axis) # a class dimension of size 1, as fastai's tabular data has
         return MixedTarget(y.unsqueeze(1), torch.ones(len(y), 1, device=y.device), n, axis, getattr(loss.soft, 'ignore_index', -100))
 
     def axis_of(self, soft): return self.axis if self.axis is not None else getattr(soft, 'axis', 1)

@@ -653,3 +653,14 @@ def test_callback_removed_in_the_middle_of_a_batch():
     loss = CrossEntropyLossFlat()
     learn = fit(make_learner('index', loss, [LabelSmoothing(.2), Remove()]), 1)
     assert learn.loss_func is loss
+
+
+@pytest.mark.parametrize('axis', [3, -1])
+@pytest.mark.parametrize('mixers', ['none', 'mixup'])
+def test_masks_with_the_classes_last(mixers, axis):
+    "Predictions (N, H, W, K); input is the one-hot mask in the same layout"
+    y = torch.randint(0, K, (8, 4, 4))
+    learn = flat_learner(nn.Linear(K, K), F.one_hot(y, K).float(), y, LabelSmoothingCrossEntropy(0., axis=axis),
+                         [LabelSmoothing(.2), Look(), *[m() for m in MIXERS[mixers]]], K)
+    fit(learn, 1)
+    for x, pred, loss, _ in learn.look.seen: np.testing.assert_allclose(loss, F.cross_entropy(pred.flatten(0, 2), (.8*x+.2/K).flatten(0, 2)), rtol=1e-5)
