@@ -8,8 +8,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/all.html.md"""
 __all__ = ['LabelSmoothing', 'OneOf', 'soft_loss', 'digits', 'mnist5k', 'ClassPrior', 'Similarity', 'Uniform',
            'smooth_binary_cross_entropy', 'smooth_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy',
            'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL', 'CombinedLoss', 'LabelSmoothingDice',
-           'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy', 'corrupt_labels', 'Comparison',
-           'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']
+           'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
+           'corrupt_labels', 'Comparison', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']
 
 # %% ../nbs/10_all.ipynb #8940a93a
 from .callback import LabelSmoothing, OneOf, soft_loss
@@ -17,7 +17,7 @@ from .data import digits, mnist5k
 from .distributions import ClassPrior, Similarity, Uniform
 from .kernels import smooth_binary_cross_entropy, smooth_cross_entropy
 from .losses import (CombinedLoss, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingDice,
-                                  LabelSmoothingFocal, LabelSmoothingNLL, LogitPenalty, MultiLabelSmoothingCrossEntropy)
+                                  LabelRelaxation, LabelSmoothingFocal, LabelSmoothingNLL, LogitPenalty, MultiLabelSmoothingCrossEntropy)
 from .noise import corrupt_labels
 from .recipes import Comparison
 from .targets import MixedTarget, convert_eps, smooth_binary, smooth_labels, to_dense
@@ -25,5 +25,5 @@ from .targets import MixedTarget, convert_eps, smooth_binary, smooth_labels, to_
 # %% ../nbs/10_all.ipynb #a537be56
 _all_ = ['LabelSmoothing', 'OneOf', 'soft_loss', 'digits', 'mnist5k', 'ClassPrior', 'Similarity', 'Uniform', 'smooth_binary_cross_entropy',
          'smooth_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
-         'CombinedLoss', 'LabelSmoothingDice', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
+         'CombinedLoss', 'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
          'corrupt_labels', 'Comparison', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']

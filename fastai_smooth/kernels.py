@@ -183,91 +183,137 @@ def smooth_cross_entropy_reference(
     return cross_entropy_of_log_probs(logits.log_softmax(axis), target, eps, axis, weight, weight_by, ignore_index, reduction)
 
 # %% ../nbs/02_kernels.ipynb #b2d9a4e4
-BLOCK = 2**19 # elements per block: about half a level-2 cache and its neighbourhood
+BLOCK = 2**18 # elements per block: a level-2 cache and its neighbourhood, and little memory beside the logits
+SMALL = 2**13 # elements below which calls cost more than numbers
 
-def plain_needed(*tensors):
+def plain_needed(x):
     "Whether something asks for the plain formula: a device, a transform or a compiler that custom Functions do not serve"
-    return (any(t.device.type != 'cpu' or t.dtype not in (torch.float32, torch.float64) for t in tensors) or torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+    return not x.is_cpu or (x.dtype is not torch.float32 and x.dtype is not torch.float64) or (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
 
 class _GivesGradientAway(torch.autograd.Function):
-    "A loss whose gradient was computed with it. `compute` gives both; `plain` is the same loss for autograd"
+    "A loss whose gradient was computed with it. `compute(logits, *args)` gives both; `plain` is the same loss for autograd"
     @staticmethod
-    def forward(ctx, logits, wanted, compute, plain):
-        loss, buffer = compute(logits, wanted)
-        if wanted:
-            ctx.save_for_backward(logits)
-            ctx.buffer, ctx.compute, ctx.plain = buffer, compute, plain
+    def forward(ctx, logits, compute, args, plain):
+        loss, ctx.buffer = compute(logits, *args)
+        ctx.save_for_backward(logits)
+        ctx.again = compute, args, plain
         return loss
 
     @staticmethod
     def backward(ctx, grad):
+        compute, args, plain = ctx.again
         if torch.is_grad_enabled(): # the gradient is to be differentiated in its turn
             logits, = ctx.saved_tensors
-            return torch.autograd.grad(ctx.plain(logits), logits, grad, create_graph=True)[0], None, None, None
+            return torch.autograd.grad(plain(logits), logits, grad, create_graph=True)[0], None, None, None
         buffer, ctx.buffer = ctx.buffer, None
-        if buffer is None: buffer = ctx.compute(ctx.saved_tensors[0].detach(), True)[1] # given away: once more, bit for bit
+        if buffer is None: buffer = compute(ctx.saved_tensors[0].detach(), *args)[1] # given away: once more, bit for bit
         scale = grad.item()
         return buffer if scale == 1. else buffer.mul_(scale), None, None, None
 
+def with_gradient(logits, compute, args, plain):
+    "`compute(logits, *args)[0]`, with the gradient that comes with it if one is wanted"
+    if logits.requires_grad and torch.is_grad_enabled(): return _GivesGradientAway.apply(logits, compute, (*args, True), plain)
+    return compute(logits, *args, False)[0]
+
 def rows_of(logits, axis):
-    "The logits as (A, K) or (A, K, B), a view if their memory allows, and how to shape such a tensor back"
+    "The logits as (A, K) or (A, K, B), a view if their memory allows, and how to shape such a tensor back (None: as it is)"
     shape = logits.shape
+    if axis == 1 and len(shape) == 2: return logits, None
     if axis == len(shape)-1 or logits.is_contiguous():
-        after = 1
-        for n in shape[axis+1:]: after *= n
-        rows = logits.reshape((-1, shape[axis]) if after == 1 else (-1, shape[axis], after))
-        return rows, (lambda t: t) if rows.shape == shape else (lambda t: t.view(shape))
+        after = math.prod(shape[axis+1:])
+        return logits.reshape((-1, shape[axis]) if after == 1 else (-1, shape[axis], after)), lambda t: t.view(shape)
     last = logits.movedim(axis, -1) # channels_last
     return last.reshape(-1, shape[axis]), lambda t: t.view(last.shape).movedim(-1, axis)
 
-def softmax_blocks(z, wanted):
-    "Yields slices of about `BLOCK` elements and their softmax: parts of one buffer if that is `wanted`, one small block again and again if not"
-    rows, size = len(z), z[:1].numel()
-    # without a gradient the block is only scratch: smaller, so that it stays nearer
-    step = max(1, (BLOCK if wanted else BLOCK//2)//size)
-    if step >= rows: yield slice(None), torch.softmax(z, 1)
+def blocks_of(z, g):
+    "Yields the slices of a block of about `BLOCK` elements, its logits, and where its softmax goes: a part of `g`, or scratch without one"
+    step = max(1, BLOCK//z.shape[1])
+    if z.ndim == 2:
+        scratch = torch.empty(min(step, len(z)), z.shape[1], dtype=z.dtype) if g is None else None
+        for i in range(0, len(z), step):
+            s = slice(i, min(i+step, len(z)))
+            yield s, z[s], scratch[:s.stop-i] if g is None else g[s]
+    else: # the softmax of a block of pixels stays in the cache until it is a gradient
+        for a in range(len(z)):
+            for b in range(0, z.shape[2], step):
+                s = slice(a, a+1), slice(None), slice(b, b+step)
+                p = torch.empty_like(z[s], memory_format=torch.contiguous_format)
+                yield s, z[s], p
+                if g is not None: g[s] = p
+
+def softmax_into(z, out):
+    "Softmax over dimension 1. Where that is not the last one, simple passes over a block in the cache are faster than torch's own"
+    if z.ndim == 2: return torch.softmax(z, 1, out=out)
+    torch.sub(z, z.amax(1, keepdim=True), out=out).exp_()
+    return out.div_(out.sum(1, keepdim=True))
+
+def inner(a, b): return torch.dot(a.reshape(-1), b.reshape(-1)).item()
+
+def loss_of_block(z, index, c, mass, even, eps, scale, out, wanted):
+    "Sum of the losses of logits (A, K, *), and the softmax made `scale` times its gradient. `even`: the mass is 1 everywhere"
+    k = z.shape[1]
+    if not wanted or z.numel() <= SMALL: # log p of all classes: few calls
+        p = torch.log_softmax(z, 1, out=out)
+        chosen = p if index is None else p.gather(1, index)
+        total = (eps-1)*(chosen.sum().item() if c is None else inner(c, chosen))
+        if eps: total -= eps*(p.sum().item() if mass is None else inner(mass, p.sum(1)))/k
+        if wanted: p.exp_()
+    else: # log p only where it is asked for
+        p = softmax_into(z, out)
+        chosen = p[:,:1] if index is None else p.gather(1, index)
+        if chosen.amin().item() >= (1e-30 if z.dtype is torch.float32 else 1e-290): chosen = chosen.log()
+        else: chosen = z.log_softmax(1)[:,:1] if index is None else z.log_softmax(1).gather(1, index) # an underflow, or nan
+        if index is None: total = inner(mass, z[:,:1]-chosen) + (eps-1)*inner(c, z)
+        else: total = (eps-1)*(chosen.sum().item() if c is None else inner(c, chosen))
+        if eps: # mean log p = mean z - log Σ exp z
+            if index is None: total -= eps*inner(mass, z.sum(1))/k
+            elif c is None: total += eps*(z.gather(1, index).sum().item() - chosen.sum().item() - z.sum().item()/k)
+            else: total += eps*inner(mass, z.gather(1, index[:,:1]) - chosen[:,:1] - z.sum(1, keepdim=True)/k)
+    if wanted:
+        torch.add(p.new_full((), -eps*scale/k), p, alpha=scale, out=p) # both in one pass
+        if not even: p.mul_(mass)
+        if index is None: p.sub_(c, alpha=(1-eps)*scale)
+        else: p.scatter_add_(1, index, chosen.fill_((eps-1)*scale) if c is None else c*((eps-1)*scale))
+    return total, p
+
+def loss_of_rows(z, index, c, eps, mean, wanted):
+    "Smoothed cross entropy of logits (A, K, *) and its gradient. The target is indices (A, m, *) with coefficients `c`, or `c` alone (A, K, *)"
+    if c is None: mass, n, even = None, index.numel(), True
     else:
-        out = torch.empty_like(z if wanted else z[:step], memory_format=torch.contiguous_format)
-        for i in range(0, rows, step):
-            s = slice(i, min(i+step, rows))
-            yield s, torch.softmax(z[s], 1, out=out[s] if wanted else out[:s.stop-i])
+        mass = c.sum(1, keepdim=True)
+        n, even = mass.sum().item(), not wanted or (mass-1).abs_().amax().item() < 4*torch.finfo(z.dtype).eps
+    scale = (1/n if n > 0 else 0.) if mean else 1.
+    if z.numel() <= SMALL: total, g = loss_of_block(z, index, c, mass, even, eps, scale, None, wanted)
+    else:
+        total, g = 0., torch.empty(z.shape, dtype=z.dtype) if wanted else None
+        for s, block, out in blocks_of(z, g):
+            total += loss_of_block(block, *(t if t is None else t[s] for t in (index, c, mass)), even, eps, scale, out, wanted)[0]
+    if not math.isfinite(total): raise ArithmeticError(f"The loss is {total}.")
+    return z.new_full((), total*scale), g
 
-def sparse_pass(z, index, coefficient, eps, scale, wanted):
-    "Sum of the losses of logits (A, K, *) and indices (A, m, *), and `scale` times its gradient"
-    k, total, least, g = z.shape[1], 0., 1e-30 if z.dtype is torch.float32 else 1e-290, None
-    for s, p in softmax_blocks(z, wanted):
-        zb, ib = (z, index) if s.start is None else (z[s], index[s])
-        chosen = p.gather(1, ib)
-        if not chosen.amin().item() >= least: chosen = zb.log_softmax(1).gather(1, ib) # an underflow, nan included
-        else: chosen.log_()
-        if coefficient is None:
-            total -= chosen.sum().item()
-            if eps: total += eps*(zb.gather(1, ib).sum().item() - zb.sum().item()/k)
-            if wanted: p.mul_(scale).sub_(eps*scale/k).scatter_add_(1, ib, chosen.fill_((eps-1)*scale))
+def loss_and_gradient(logits, index, c, eps, axis, ignore_index, mean, wanted):
+    "`loss_of_rows` of logits (N, K, *) and indices (N, m, *) with coefficients `c`, or `c` alone of the shape of the logits"
+    z, back = rows_of(logits, axis)
+    if back is not None: # the target as rows, too
+        rest, flat = (*logits.shape[1:axis], *logits.shape[axis+1:]), z.ndim == 2
+        if index is None: c = (c.movedim(axis, -1) if flat else c).reshape(z.shape)
         else:
-            c = coefficient if s.start is None else coefficient[s]
-            mass = c.sum(1, keepdim=True)
-            total -= chosen.mul_(c).sum().item()
-            if eps: total += eps*((zb.gather(1, ib)*c).sum().item() - (zb.sum(1, keepdim=True)*mass).sum().item()/k)
-            if wanted: p.sub_(eps/k).mul_(mass*scale).scatter_add_(1, ib, torch.mul(c, (eps-1)*scale, out=chosen))
-        if g is None: g = p if s.start is None else p._base
-    return total, g
-
-def dense_pass(z, q, mass, eps, scale, wanted):
-    "Sum of the losses of logits (A, K, *) and dense targets, and `scale` times its gradient"
-    k, total, g = z.shape[1], 0., None
-    for s, p in softmax_blocks(z, wanted):
-        zb, qb, m = (z, q, mass) if s.start is None else (z[s], q[s], mass[s])
-        log_norm = zb.amax(1, keepdim=True) - p.amax(1, keepdim=True).log_() # of the largest entry, which cannot underflow
-        total += (m*log_norm).sum().item() - (1-eps)*torch.dot(qb.reshape(-1), zb.reshape(-1)).item()
-        if eps: total -= eps*(zb.sum(1, keepdim=True)*m).sum().item()/k
-        if wanted: p.sub_(eps/k).mul_(m*scale).sub_(qb, alpha=(1-eps)*scale)
-        if g is None: g = p if s.start is None else p._base
-    return total, g
+            lay = lambda t: t.movedim(1, -1).reshape(len(z), -1) if flat else t.reshape(len(z), t.shape[1], -1)
+            index, c = lay(index), c if c is None else lay(c.expand(*c.shape[:2], *rest))
+    res = None
+    if index is None: res = loss_of_rows(z, None, c, eps, mean, wanted)
+    elif ignore_index is None or not 0 <= ignore_index < z.shape[1]:
+        # an ignored label is outside the classes: that there are any shows in the look-up
+        try: res = loss_of_rows(z, index, c, eps, mean, wanted)
+        except (RuntimeError, IndexError): pass
+    if res is None:
+        kept = torch.ones_like(index, dtype=torch.bool) if ignore_index is None else index != ignore_index
+        res = loss_of_rows(z, index*kept, kept.to(z.dtype) if c is None else c*kept, eps, mean, wanted)
+    return res if back is None or not wanted else (res[0], back(res[1]))
 
 def fast_cross_entropy(
-    logits:Tensor, # Plain float32 or float64 logits (N, K, *)
+    logits:Tensor, # Plain logits in at least single precision, (N, K, *)
     target, # Index, dense or mixed target
     eps:float, # Smoothing strength
     axis:int, # Class dimension, not negative
@@ -276,55 +322,23 @@ def fast_cross_entropy(
     plain, # The same loss as a function of the logits alone
 )->Tensor|None: # Loss, or None where the plain formula has to speak
     "Smoothed cross entropy with its gradient in one go"
-    shape = tuple(logits.shape)
-    if not logits.numel() or plain_needed(logits): return None
-    q = coefficient = None
+    if plain_needed(logits): return None
+    shape, c = logits.shape, None
     if not isinstance(target, Tensor):
-        if not getattr(target, 'is_sparse_mixture', False) or tuple(target.shape) != shape or target.axis != axis or target.weights.requires_grad: return None
-        index, coefficient, ignore_index = target.indices, target._weights, target.ignore_index
+        if not getattr(target, 'is_sparse_mixture', False) or target.shape != shape or target.axis != axis: return None
+        index, c, ignore_index = target.indices, target._weights, target.ignore_index
+        if c.requires_grad: return None
+        c = c.to(logits.dtype)
     elif target.is_floating_point():
-        if tuple(target.shape) != shape or target.requires_grad or target.device != logits.device: return None
-        q = plain_tensor(target).to(logits.dtype)
+        if target.shape != shape or target.requires_grad or not target.is_cpu: return None
+        index, c = None, plain_tensor(target).to(logits.dtype)
     else:
-        if target.dtype is torch.bool or tuple(target.shape) != shape[:axis] + shape[axis+1:]: return None
-        index = plain_tensor(target).long()
-
-    def compute(x, wanted):
-        z, back = rows_of(x, axis)
-        k, flat = z.shape[1], z.ndim == 2
-        scale_of = lambda n: 1. if reduction == 'sum' else 1/n if n > 0 else 0.
-        def aligned(t): # a target (N, m, *) or (N, K, *), like the rows
-            t = t.expand(t.shape[0], t.shape[1], *shape[1:axis], *shape[axis+1:]) if t.ndim == len(shape) else t
-            return t.movedim(1, -1).reshape(len(z), -1) if flat else t.reshape(len(z), t.shape[1], -1)
-        if q is not None:
-            qz = q.movedim(axis, -1).reshape(z.shape) if flat else q.reshape(z.shape)
-            mass = qz.sum(1, keepdim=True)
-            scale = scale_of(mass.sum().item())
-            total, g = dense_pass(z, qz, mass, eps, scale, wanted)
-        elif coefficient is None:
-            idx, total = index.reshape((-1, 1) if flat else (len(z), 1, z.shape[2])), None
-            if ignore_index is None or not 0 <= ignore_index < k:
-                scale = scale_of(idx.numel())
-                # an ignored label is outside the classes: that there are any shows in the look-up
-                try: total, g = sparse_pass(z, idx, None, eps, scale, wanted)
-                except (RuntimeError, IndexError): pass
-            if total is None:
-                kept = torch.ones_like(idx, dtype=torch.bool) if ignore_index is None else idx != ignore_index
-                scale = scale_of(kept.sum().item())
-                total, g = sparse_pass(z, idx*kept, kept.to(z.dtype), eps, scale, wanted)
-        else:
-            idx, c = index, coefficient.to(z.dtype)
-            kept = None if ignore_index is None else idx != ignore_index
-            if kept is not None and not kept.all(): idx, c = idx*kept, c*kept
-            idx, c = aligned(idx), aligned(c)
-            scale = scale_of(c.sum().item())
-            total, g = sparse_pass(z, idx, c, eps, scale, wanted)
-        return z.new_tensor(total*scale), back(g) if wanted else None
-
-    try: loss = _GivesGradientAway.apply(logits, logits.requires_grad and torch.is_grad_enabled(), compute, plain)
-    except (RuntimeError, IndexError): return None # a label outside the classes: the plain formula says which
-    return loss if math.isfinite(loss.item()) else None
-
+        if target.dtype is torch.bool or target.shape != shape[:axis] + shape[axis+1:]: return None
+        index = plain_tensor(target).long().unsqueeze(1)
+    if not logits.numel(): return None
+    try: return with_gradient(logits, loss_and_gradient, (index, c, eps, axis, ignore_index, reduction == 'mean'), plain)
+    # a label outside the classes, or a loss that is not finite: the plain formula says which
+    except (RuntimeError, IndexError, ArithmeticError): return None
 
 def cross_entropy(
     logits:Tensor, # Logits in at least single precision, (N, K, *)
@@ -360,13 +374,61 @@ def smooth_cross_entropy(
     logits, axis = in_single_precision(logits), check_axis(logits, axis)
     return cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
 
-# %% ../nbs/02_kernels.ipynb #383aa4f4
+# %% ../nbs/02_kernels.ipynb #46cda8ca
+def binary_cross_entropy_of_logits(logits, target, weight, pos_weight, reduction, off, on):
+    "The plain formula of `binary_cross_entropy`"
+    if reduction not in (*REDUCTIONS, 'classes'): raise ValueError(f"reduction must be 'mean', 'sum' or 'none', but got {reduction!r}.")
+    known = ~target.isnan()
+    if isinstance(off, Tensor) or isinstance(on, Tensor) or (off, on) != (0., 1.): target = off + (on-off)*target
+    weight, pos_weight = (w if w is None else w.to(logits) for w in (weight, pos_weight))
+    try: loss = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.), weight, pos_weight=pos_weight, reduction='none')
+    except RuntimeError as e:
+        shapes = {n: tuple(w.shape) for n, w in (('weight', weight), ('pos_weight', pos_weight)) if w is not None}
+        if not shapes: raise
+        raise ValueError(f"{shapes} must be broadcastable to the logits of shape {tuple(logits.shape)}: {e}") from None
+    loss = loss.masked_fill(~known, 0.)
+    if reduction == 'classes': return reduce(loss, known.any(-1).to(loss.dtype), 'mean')
+    return reduce(loss, known.to(loss.dtype), reduction)
+
+def binary_loss_and_gradient(logits, target, off, on, scale, wanted):
+    "Binary cross entropy of logits and a known target of the same shape, times `scale`, and its gradient"
+    z, y, total = logits.reshape(-1), target.reshape(-1), 0.
+    g, step = torch.empty_like(z) if wanted else None, BLOCK
+    for i in range(0, len(z), step):
+        zb, yb = z[i:i+step], y[i:i+step]
+        p = torch.sigmoid(zb, out=g[i:i+step] if wanted else None)
+        # log(1 + exp z) = max(z, 0) - log max(p, 1-p), where eight factors of at least a half share one logarithm
+        high = torch.sub(p, .5).abs_().add_(.5)
+        even = len(high)//8*8
+        logs = high[:even].view(8, -1).prod(0).log_().sum().item() + (high[even:].log_().sum().item() if even < len(high) else 0.)
+        z_sum = zb.sum().item() if off else 0.
+        total += torch.clamp(zb, min=0, out=high).sum().item() - logs - off*z_sum - (on-off)*torch.dot(zb, yb).item()
+        if wanted: torch.add(p.new_full((), -off*scale), p, alpha=scale, out=p).sub_(yb, alpha=(on-off)*scale)
+    if not math.isfinite(total): raise ArithmeticError(f"The loss is {total}.")
+    return z.new_full((), total*scale), g.view(logits.shape) if wanted else None
+
+def fast_binary_cross_entropy(logits, target, off, on, reduction, plain):
+    "Binary cross entropy with its gradient in one go, or None where the plain formula has to speak"
+    if plain_needed(logits) or isinstance(off, Tensor) or isinstance(on, Tensor) or target.requires_grad or not target.is_cpu: return None
+    n = 1 if reduction == 'sum' else logits.numel()//(logits.shape[-1] if reduction == 'classes' else 1) if logits.numel() else 0
+    if not n or not logits.numel(): return None
+    try: return with_gradient(logits, binary_loss_and_gradient, (target, off, on, 1/n), plain)
+    except ArithmeticError: return None # nan for unknown entries, or a loss that is not finite
+
+def levels(eps, convention, n_classes):
+    "What smoothing makes of the binary labels 0 and 1"
+    share = {'half': .5, 'uniform': 1/n_classes, 'complement': 0.} # of the moved mass that a label keeps
+    if convention not in share: raise ValueError(f"convention must be 'half', 'uniform' or 'complement', but got {convention!r}.")
+    return eps*(share[convention] or 1.), 1 - eps*(1-share[convention])
+
 def check_probabilities(
     y:Tensor # Binary target
 )->Tensor: # The same
     "Raise a ValueError for an entry outside [0, 1]. On a GPU, where looking at the values would stall the device, nothing is checked"
-    if y.device.type == 'cpu' and not torch.compiler.is_compiling():
-        bad = (y < -1e-4) | (y > 1+1e-4)
+    if y.is_cpu and y.numel() and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        low, high = y.aminmax()
+        if low.item() >= -1e-4 and high.item() <= 1+1e-4: return y
+        bad = (y < -1e-4) | (y > 1+1e-4) # nan is allowed
         if bad.any(): raise ValueError(f"Binary targets must lie in [0, 1] (nan: unknown), but the target of shape {tuple(y.shape)} holds "
                                        f"{y[bad][0].item():g}. Class indices come without the class dimension.")
     return y
@@ -384,8 +446,9 @@ def binary_target(
             target = target.masked_fill(unknown.unsqueeze(mixture.axis), torch.nan)
     if not isinstance(target, Tensor): raise TypeError(f"The target must be a tensor or a MixedTarget, but is a {type(target).__name__}.")
     target = plain_tensor(target)
+    if target.shape == shape: return check_probabilities(target.to(logits.dtype)), False
     without_ones = lambda s: [n for n in s if n != 1]
-    if tuple(target.shape) == shape or (target.numel() == logits.numel() and without_ones(target.shape) == without_ones(shape)):
+    if target.numel() == logits.numel() and without_ones(target.shape) == without_ones(shape):
         return check_probabilities(target.reshape(shape).to(logits.dtype)), False
     if target.is_floating_point() or target.dtype is torch.bool or not shape or tuple(target.shape) not in (shape[:-1], (*shape[:-1], 1)):
         raise ValueError(f"Logits of shape {shape} want a multi-hot or dense target of the same shape, or indices of shape {shape[:-1]}, "
@@ -397,24 +460,20 @@ def binary_target(
     return dense.masked_fill(~kept, torch.nan), True
 
 def binary_cross_entropy(
-    logits:Tensor, # Logits
-    target:Tensor, # Smoothed target of the same shape, nan where unknown
+    logits:Tensor, # Logits in at least single precision
+    target:Tensor, # Target of the same shape, nan where unknown
     weight:Tensor|None, # Factor, broadcast against the logits
     pos_weight:Tensor|None, # Factor of the positive term, broadcast against the logits
     reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the last dimension, then the mean over the rows
+    off=0., # What smoothing makes of a label 0: a number, or a tensor broadcast against the logits
+    on=1., # What it makes of a label 1
 )->Tensor: # Loss
-    "Binary cross entropy of the known entries"
-    if reduction not in (*REDUCTIONS, 'classes'): raise ValueError(f"reduction must be 'mean', 'sum' or 'none', but got {reduction!r}.")
-    known = ~target.isnan()
-    weight, pos_weight = (w if w is None else w.to(logits) for w in (weight, pos_weight))
-    try: loss = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.), weight, pos_weight=pos_weight, reduction='none')
-    except RuntimeError as e:
-        shapes = {n: tuple(w.shape) for n, w in (('weight', weight), ('pos_weight', pos_weight)) if w is not None}
-        if not shapes: raise
-        raise ValueError(f"{shapes} must be broadcastable to the logits of shape {tuple(logits.shape)}: {e}") from None
-    loss = loss.masked_fill(~known, 0.)
-    if reduction == 'classes': return reduce(loss, known.any(-1).to(loss.dtype), 'mean')
-    return reduce(loss, known.to(loss.dtype), reduction)
+    "Binary cross entropy of the known entries of the smoothed target, the fast way where there is one"
+    plain = lambda z: binary_cross_entropy_of_logits(z, target, weight, pos_weight, reduction, off, on)
+    if weight is None and pos_weight is None and reduction in ('mean', 'sum', 'classes'):
+        loss = fast_binary_cross_entropy(logits, target, off, on, reduction, plain)
+        if loss is not None: return loss
+    return plain(logits)
 
 # %% ../nbs/02_kernels.ipynb #677d6d9a
 def smooth_binary_cross_entropy_reference(
@@ -431,10 +490,8 @@ def smooth_binary_cross_entropy_reference(
     eps = check_strength(eps)
     logits = in_single_precision(logits)
     y, _ = binary_target(logits, target)
-    other = {'half': lambda: .5, 'uniform': lambda: 1/y.shape[-1], 'complement': lambda: 1-y} # what a smoothed-away label becomes
-    if convention not in other: raise ValueError(f"convention must be 'half', 'uniform' or 'complement', but got {convention!r}.")
-    if isinstance(eps, Tensor) or eps != 0: y = y*(1-eps) + eps*other[convention]()
-    return binary_cross_entropy(logits, y, weight, pos_weight, reduction)
+    off, on = levels(eps, convention, y.shape[-1] if y.ndim else 1)
+    return binary_cross_entropy_of_logits(logits, y, weight, pos_weight, reduction, off, on)
 
 def smooth_binary_cross_entropy(
     logits:Tensor, # Logits, (N, K) or any shape, any floating dtype; half precision is computed in float32
@@ -447,5 +504,7 @@ def smooth_binary_cross_entropy(
     reduction:str='mean', # 'mean' over the known entries, 'sum' or 'none'
 )->Tensor: # Loss: 0-d, or the shape of the logits for 'none'
     "Binary cross entropy with label smoothing, of multi-hot, dense, index or mixed targets"
-    return smooth_binary_cross_entropy_reference(logits, target, eps, convention=convention, weight=weight, pos_weight=pos_weight,
-                                                 reduction=reduction)
+    eps = check_strength(eps)
+    logits = in_single_precision(logits)
+    y, _ = binary_target(logits, target)
+    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *levels(eps, convention, y.shape[-1] if y.ndim else 1))

@@ -6,8 +6,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/losses.html.md"""
 
 # %% auto #0
 __all__ = ['LabelSmoothingCrossEntropyFlat', 'SmoothingLoss', 'LabelSmoothingCrossEntropy', 'LabelSmoothingNLL',
-           'LabelSmoothingBCE', 'MultiLabelSmoothingCrossEntropy', 'LabelSmoothingFocal', 'LabelSmoothingDice',
-           'LogitPenalty', 'CombinedLoss']
+           'LabelSmoothingBCE', 'MultiLabelSmoothingCrossEntropy', 'LabelSmoothingFocal', 'LabelRelaxation',
+           'LabelSmoothingDice', 'LogitPenalty', 'CombinedLoss']
 
 # %% ../nbs/03_losses.ipynb #6696734f
 import inspect
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .kernels import (REDUCTIONS, binary_cross_entropy, binary_target, check_axis, check_probabilities, cross_entropy,
                                    cross_entropy_of_log_probs, in_single_precision, reduce)
-from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_dist, check_eps, eps_along, is_mixed, plain,
-                                   smooth_binary, spread, to_dense)
+from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, binary_levels, check_choice, check_dist, check_eps, eps_along, is_mixed, plain,
+                                   spread, to_dense)
 
 # %% ../nbs/03_losses.ipynb #6cbe5021
 class SmoothingLoss(nn.Module):
@@ -39,7 +39,9 @@ class SmoothingLoss(nn.Module):
         return []
 
     @property
-    def eps(self)->float|Tensor: return self.parts()[0].eps if self.parts() else self._eps
+    def eps(self)->float|Tensor:
+        parts = self.parts()
+        return parts[0].eps if parts else self._eps
     @eps.setter
     def eps(self, value):
         for loss in self.parts(): loss.eps = value
@@ -50,7 +52,9 @@ class SmoothingLoss(nn.Module):
         else: self._eps = value
 
     @property
-    def reduction(self)->str: return self.parts()[0].reduction if self.parts() else self._reduction
+    def reduction(self)->str:
+        parts = self.parts()
+        return parts[0].reduction if parts else self._reduction
     @reduction.setter
     def reduction(self, value):
         check_choice(value, REDUCTIONS, 'reduction')
@@ -75,6 +79,19 @@ class SmoothingLoss(nn.Module):
         return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in shown.items())})"
 
 # %% ../nbs/03_losses.ipynb #8d530610
+def dense_target(
+    target, # Index, dense or mixed target
+    pred:Tensor, # Logits or log-probabilities, (N, K, *)
+    axis:int, # Class dimension, not negative
+    ignore_index:int|None, # Index without mass
+)->Tensor: # Of the shape and dtype of `pred`
+    "The dense form of a target. Another shape than that of the predictions: ValueError"
+    if not is_mixed(target) and target.ndim == pred.ndim and not target.is_floating_point(): target = target.squeeze(axis)
+    q = to_dense(target, pred.shape[axis], axis, ignore_index).to(pred.dtype)
+    if q.shape != pred.shape: raise ValueError(f"Predictions of shape {tuple(pred.shape)} do not fit a dense target of shape {tuple(q.shape)}.")
+    return q
+
+# %% ../nbs/03_losses.ipynb #fa45ab35
 class LabelSmoothingCrossEntropy(SmoothingLoss):
     "Cross entropy with label smoothing, Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
     y_int = True # fastai's mixers blend the losses of index targets
@@ -115,8 +132,7 @@ class LabelSmoothingCrossEntropy(SmoothingLoss):
             return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args, self.reduction)
         log_probs = self.log_probs(logits, axis)
         check_dist(self.dist, self.convention)
-        if not is_mixed(target) and target.ndim == pred.ndim and not target.is_floating_point(): target = target.squeeze(axis)
-        q = to_dense(target, pred.shape[axis], axis, self.ignore_index).to(log_probs.dtype)
+        q = dense_target(target, log_probs, axis, self.ignore_index)
         received = self.dist(q*eps_along(self.eps, q, axis), axis=axis, logits=pred, inputs=inputs)
         return cross_entropy_of_log_probs(log_probs, q, self.eps, *args, self.reduction, received)
 
@@ -129,9 +145,9 @@ class LabelSmoothingCrossEntropy(SmoothingLoss):
 
     def _uniform_eps(self, n_classes):
         "The strength under the convention 'uniform'; above 1 where 'others' is that strong"
+        if self.convention == 'uniform': return self.eps
         check_choice(self.convention, SOFTMAX_CONVENTIONS, 'convention')
         if self.convention == 'classy': return self.eps/(1+self.eps)
-        if self.convention == 'uniform': return self.eps
         if n_classes < 2: raise ValueError(f"convention='others' needs at least 2 classes, but got {n_classes}.")
         return self.eps*(n_classes/(n_classes-1))
 
@@ -192,11 +208,14 @@ class LabelSmoothingBCE(SmoothingLoss):
         "Smoothed binary cross entropy. Shapes or labels that do not fit: ValueError"
         logits = in_single_precision(pred)
         y,was_index = binary_target(logits, target)
-        y = smooth_binary(y, self.eps, self.convention or ('uniform' if was_index else 'half'), self.eps_pos, self.eps_neg)
-        if self.target_threshold is not None: y = torch.where(y.isnan(), y, (y > self.target_threshold).to(y.dtype))
-        if not self.sum_classes: return binary_cross_entropy(logits, y, self.weight, self.pos_weight, self.reduction)
-        if self.reduction == 'none': return binary_cross_entropy(logits, y, self.weight, self.pos_weight, 'none').sum(-1)
-        return binary_cross_entropy(logits, y, self.weight, self.pos_weight, 'classes' if self.reduction == 'mean' else self.reduction)
+        convention = self.convention or ('uniform' if was_index else 'half')
+        off,on = binary_levels(self.eps, convention, self.eps_pos, self.eps_neg, y)
+        if self.target_threshold is not None:
+            y = torch.where(y.isnan(), y, (off+(on-off)*y > self.target_threshold).to(y.dtype))
+            off,on = 0.,1.
+        reduction = self.reduction if not self.sum_classes or self.reduction != 'mean' else 'classes'
+        loss = binary_cross_entropy(logits, y, self.weight, self.pos_weight, reduction, off, on)
+        return loss.sum(-1) if self.sum_classes and reduction == 'none' else loss
 
     def activation(self,
         pred:Tensor # Logits
@@ -272,6 +291,48 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
         log_p = pred.log_softmax(axis)
         return log_p*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)**self.gamma if self.gamma else log_p
 
+# %% ../nbs/03_losses.ipynb #a7b3ccdf
+class LabelRelaxation(SmoothingLoss):
+    "Label relaxation, Lienen & Hüllermeier 2021, https://arxiv.org/abs/2107.12088: no loss where the label has at least the probability 1 - eps"
+    y_int = True # fastai's mixers blend the losses of index targets
+
+    def __init__(self,
+        eps:float=0.1, # The paper's alpha in [0, 1): a number or one per class
+        weight:Tensor|None=None, # Class weights (K,)
+        reduction:str='mean', # 'mean' over the weighted mass of the target, 'sum' or 'none' (one loss per position)
+        *,
+        axis:int=-1, # Class dimension of predictions and dense targets
+        ignore_index:int|None=-100, # Index label that is left out
+    ):
+        super().__init__(eps, reduction)
+        self._weight('weight', weight)
+        self.axis,self.ignore_index = axis,ignore_index
+
+    def forward(self,
+        pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
+        target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
+    )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
+        "Relaxed loss. Shapes or labels that do not fit, or an eps of 1, which asks for nothing: ValueError"
+        axis,log_p = check_axis(pred, self.axis),in_single_precision(pred)
+        log_p = log_p.log_softmax(axis)
+        alpha = torch.as_tensor(eps_along(self.eps, log_p, axis)).to(log_p)
+        if (alpha >= 1).any(): raise ValueError(f"eps must be below 1 for label relaxation, but is {self.eps}: every prediction would be right.")
+        log_p = torch.minimum(log_p, (-alpha).log1p()) # from there on nothing is to be gained
+        cost = (1-alpha)*((-alpha).log1p()-log_p) + torch.xlogy(alpha, alpha) - alpha*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny).log()
+        return cross_entropy_of_log_probs(-cost, target, 0., axis, self.weight, 'class', self.ignore_index, self.reduction)
+
+    def activation(self,
+        pred:Tensor # Logits
+    )->Tensor: # Probabilities of the same shape
+        "Softmax along `axis`"
+        return pred.softmax(self.axis)
+
+    def decodes(self,
+        pred:Tensor # Logits or probabilities
+    )->Tensor: # Class indices, without the class dimension
+        "The most probable class along `axis`"
+        return pred.argmax(self.axis)
+
 # %% ../nbs/03_losses.ipynb #e200e2a1
 class LabelSmoothingDice(SmoothingLoss):
     "Dice loss with label smoothing for index masks and soft targets: 1 - (2 intersection + smooth) / (union + smooth) per example and class"
@@ -298,10 +359,7 @@ class LabelSmoothingDice(SmoothingLoss):
         "Dice of the smoothed target. Shapes or labels that do not fit: ValueError"
         axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
         if axis == 0: raise ValueError(f"axis=0 of predictions of shape {tuple(pred.shape)} counts examples: the classes need another one.")
-        if not is_mixed(target) and target.ndim == pred.ndim and not target.is_floating_point(): target = target.squeeze(axis)
-        q = to_dense(target, pred.shape[axis], axis, self.ignore_index).to(logits.dtype)
-        if tuple(q.shape) != tuple(pred.shape):
-            raise ValueError(f"Predictions of shape {tuple(pred.shape)} do not fit a dense target of shape {tuple(q.shape)}.")
+        q = dense_target(target, logits, axis, self.ignore_index)
         p = logits.softmax(axis)*q.sum(axis, keepdim=True) # a pixel without mass counts for nothing
         q = spread(q, self.eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
         area = [d for d in range(1, pred.ndim) if d != axis]

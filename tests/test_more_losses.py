@@ -14,11 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from learners import K, Look, fit, make_learner
 from torch import nn
+from torch.nn import functional as F
 
+import fastai_smooth.kernels as kernels
 from fastai_smooth.callback import LabelSmoothing, soft_loss
 from fastai_smooth.distributions import ClassPrior, Uniform
+from fastai_smooth.kernels import smooth_binary_cross_entropy
 from fastai_smooth.losses import (
     CombinedLoss,
+    LabelRelaxation,
     LabelSmoothingBCE,
     LabelSmoothingCrossEntropy,
     LabelSmoothingDice,
@@ -300,3 +304,94 @@ def test_classes_with_cutmix_and_focal():
     learn = fit(make_learner('index', fl.FocalLossFlat(), [LabelSmoothing(.1), CutMix(), Look()]), 1)
     focal = LabelSmoothingFocal(.1)
     for x, pred, seen, _ in learn.look.seen: np.testing.assert_allclose(seen, focal(pred, learners.truth_of(x, 'index')), rtol=1e-4)
+
+
+# -- label relaxation
+
+def relaxation_loop(z, y, alpha):
+    "KL divergence from the nearest distribution that gives the label at least 1-alpha"
+    p = [math.exp(v) for v in oracles.log_softmax_row(z)]
+    if p[y] >= 1-alpha: return 0.
+    r = [1-alpha if k == y else alpha*p[k]/sum(p[j] for j in range(len(p)) if j != y) for k in range(len(p))]
+    return sum(a*math.log(a/b) for a, b in zip(r, p) if a)
+
+
+@pytest.mark.parametrize('alpha', [0., .1, .5])
+def test_relaxation_against_loop(alpha):
+    z, y = 3*torch.randn(12, K, dtype=torch.float64), torch.randint(0, K, (12,))
+    per = LabelRelaxation(alpha, reduction='none')
+    expected = torch.tensor([relaxation_loop(a, b, alpha) for a, b in zip(z.tolist(), y.tolist())], dtype=torch.float64)
+    assert (expected == 0).any() or not alpha
+    close(per(z, y), expected)
+    lam = torch.rand(12, dtype=torch.float64)
+    mixed = torch.lerp(to_dense(y.flip(0), K).double(), to_dense(y, K).double(), lam[:, None])
+    close(per(z, mixed), torch.lerp(per(z, y.flip(0)), per(z, y), lam))
+    w = torch.tensor([1., 2., .5, 3.])
+    close(LabelRelaxation(alpha, w)(z, y), (w[y]*expected).sum()/w[y].sum())
+
+
+def test_relaxation_gradient():
+    "p - r with r held fixed, 0 where the label is probable enough; finite at the ends"
+    z, y = (3*torch.randn(12, K, dtype=torch.float64)).requires_grad_(), torch.randint(0, K, (12,))
+    LabelRelaxation(.2, reduction='sum')(z, y).backward()
+    p = z.detach().softmax(1)
+    py = p.gather(1, y[:, None])
+    r = (.2*p/(1-py)).scatter(1, y[:, None], .8)
+    close(z.grad, torch.where(py >= .8, 0., p-r))
+    for alpha in (0., .1):
+        x = torch.tensor([[200., 0., 0.], [-200., 0., 0.]], requires_grad=True)
+        LabelRelaxation(alpha)(x, torch.tensor([0, 0])).backward()
+        assert x.grad.isfinite().all()
+    assert torch.autograd.gradcheck(lambda x: LabelRelaxation(.1)(x, y), z)
+
+
+def test_relaxation_under_the_callback_and_bad_input():
+    learn = fit(make_learner('index', LabelRelaxation(0.), [LabelSmoothing(.2), MixUp(), Look()]), 1)
+    for x, pred, seen, _ in learn.look.seen:
+        truth = learners.truth_of(x, 'index').tolist()
+        expected = [sum(q*relaxation_loop(z, k, .2) for k, q in enumerate(row)) for z, row in zip(pred.tolist(), truth)]
+        np.testing.assert_allclose(seen, np.mean(expected), rtol=1e-4)
+    with pytest.raises(ValueError, match='below 1'): LabelRelaxation(1.)(torch.randn(2, K), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match='has no meaning'):
+        fit(make_learner('index', LabelRelaxation(0.), [LabelSmoothing(.2, Uniform())]), 1)
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+@pytest.mark.parametrize('convention', ['half', 'uniform', 'complement'])
+@pytest.mark.parametrize('shape', [(1, 1), (3, 5), (40, 70), (2, 3, 4)])
+def test_binary_in_one_go(shape, convention, reduction):
+    "The fast binary path gives the numbers and gradients of torch's own loss on smoothed targets, however often and scaled"
+    z, y = 5*torch.randn(shape, dtype=torch.float64), torch.randint(0, 2, shape).double()
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    q = torch.tensor([oracles.binary_entry(v, .2, convention, shape[-1]) for v in y.flatten().tolist()], dtype=torch.float64).view(shape)
+    loss = smooth_binary_cross_entropy(a, y, .2, convention=convention, reduction=reduction)
+    assert 'GivesGradientAway' in type(loss.grad_fn).__name__
+    expected = F.binary_cross_entropy_with_logits(b, q, reduction=reduction)
+    (3*loss).backward(retain_graph=True)
+    loss.backward()
+    (4*expected).backward()
+    close(loss, expected), close(a.grad, b.grad)
+    with torch.no_grad(): close(smooth_binary_cross_entropy(a, y, .2, convention=convention, reduction=reduction), expected)
+    f = lambda x: smooth_binary_cross_entropy(x, y, .2, convention=convention, reduction=reduction)
+    if z.numel() < 30: assert torch.autograd.gradcheck(f, a) and torch.autograd.gradgradcheck(f, a)
+
+
+def test_binary_where_the_fast_path_has_to_give_way():
+    "Unknown entries, logits without bounds, blocks, single precision"
+    y = torch.tensor([[1., 0., math.nan]])
+    z = torch.tensor([[1., 2., 3.]], requires_grad=True)
+    loss = smooth_binary_cross_entropy(z, y)
+    close(loss, F.binary_cross_entropy_with_logits(z[:, :2], torch.tensor([[.95, .05]])))
+    big = torch.tensor([[300., -300., 90.]])
+    close(smooth_binary_cross_entropy(big, y.nan_to_num(0.)), F.binary_cross_entropy_with_logits(big, torch.tensor([[.95, .05, .05]])))
+    for z in (math.inf, -math.inf, math.nan): # what torch says
+        for label in (0., 1.):
+            a, b = torch.tensor([z, 0.]), torch.tensor([label, 1.])
+            torch.testing.assert_close(smooth_binary_cross_entropy(a, b, 0.), F.binary_cross_entropy_with_logits(a, b), equal_nan=True)
+    z, y = 4*torch.randn(700, 1001), (torch.rand(700, 1001) < .1).float()
+    assert z.numel() > kernels.BLOCK
+    a, b = z.clone().requires_grad_(), z.double().requires_grad_()
+    fast = smooth_binary_cross_entropy(a, y)
+    exact = F.binary_cross_entropy_with_logits(b, y.double()*.9+.05)
+    fast.backward(), exact.backward()
+    close(fast, exact, 1e-6), close(a.grad, b.grad, 1e-10)

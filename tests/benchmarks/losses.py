@@ -1,11 +1,14 @@
 #!/usr/bin/env python
 """Time the losses against torch, fastai and timm, forward and backward, in interleaved rounds of one process.
 
-    python tests/benchmarks/losses.py [--threads 1] [--rounds 9] [--only index]
+    python tests/benchmarks/losses.py [--threads 1] [--rounds 9] [--only index] [--compile]
 
-prints a Markdown table of ratios: t over F.cross_entropy(label_smoothing=.1), L over one out-of-place softmax of the same logits. Seconds differ
-between machines and between allocators; ratios less so. `MALLOC_TOP_PAD_`, `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` in the environment
-change how often memory is faulted in.
+prints a Markdown table of ratios. t: over torch's own loss, F.cross_entropy(label_smoothing=.1), or F.binary_cross_entropy_with_logits of smoothed
+targets. L: over one out-of-place softmax (sigmoid) of the same logits. mem: the peak of what is allocated over the size of the logits, where the
+gradient alone is 1. --compile adds torch.compile of torch's loss, which takes minutes and a C++ compiler.
+
+Seconds differ between machines and between allocators, ratios less so: torch's loss allocates three times the logits and pays for each page that is
+faulted in. `MALLOC_TOP_PAD_`, `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` in the environment change how often that happens.
 """
 import argparse
 import os
@@ -16,8 +19,9 @@ import fastai.losses as fl
 import timm.loss
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from fastai_smooth.losses import LabelSmoothingCrossEntropy
+from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
 from fastai_smooth.targets import MixedTarget
 
 EPS = .1
@@ -27,11 +31,12 @@ CASES = [('index 64×10', (64, 10), 1, 'index', 0), ('index 256×1000', (256, 10
          ('masks (2,150,256,256)', (2, 150, 256, 256), 1, 'index', 0), ('MixUp pair 64×10', (64, 10), 1, 'pair', 0),
          ('MixUp pair 256×1000', (256, 1000), 1, 'pair', 0), ('MixUp pair 128×21841', (128, 21841), 1, 'pair', 0),
          ('dense 256×1000', (256, 1000), 1, 'dense', 0), ('dense 128×21841', (128, 21841), 1, 'dense', 0),
+         ('multi-label 256×80', (256, 80), 1, 'multi-label', 0), ('multi-label 128×9605', (128, 9605), 1, 'multi-label', 0),
          ('no gradient 256×1000', (256, 1000), 1, 'no gradient', 0), ('no gradient 2048×32000', (2048, 32000), 1, 'no gradient', 0)]
 
 
-def contenders(shape, axis, kind, ignored):
-    "Name to a function without arguments: ours, the peers that can do the case, and one softmax"
+def contenders(shape, axis, kind, ignored, compiled=False):
+    "Name to a function without arguments: ours, the peers that can do the case, and one softmax; and the bytes of the logits"
     torch.manual_seed(0)
     z = torch.randn(shape, requires_grad=kind != 'no gradient')
     n, k, data = shape[0], shape[axis], z.detach()
@@ -39,31 +44,51 @@ def contenders(shape, axis, kind, ignored):
     if ignored: y.view(-1)[torch.rand(y.numel()) < ignored] = -100
     ours, flat = LabelSmoothingCrossEntropy(EPS, axis=axis), fl.LabelSmoothingCrossEntropyFlat(EPS, axis=axis)
 
-    def step(loss):
+    def step(loss, *target):
         def run():
             z.grad = None
-            value = loss()
+            value = loss(z, *target)
             if z.requires_grad: value.backward()
         return run
+    cross_entropy = lambda z, y: F.cross_entropy(z, y, label_smoothing=EPS)
     if kind in ('index', 'no gradient'):
-        losses = dict(ours=lambda: ours(z, y), torch=lambda: F.cross_entropy(z, y, label_smoothing=EPS))
+        target, losses = (y,), dict(ours=ours, torch=cross_entropy)
         # fastai smooths ignored rows and timm cannot ignore any
         if not ignored and len(shape) == 2:
-            losses |= dict(fastai=lambda: fl.LabelSmoothingCrossEntropy(EPS)(z, y), timm=lambda: timm.loss.LabelSmoothingCrossEntropy(EPS)(z, y))
-        elif not ignored: losses['fastai'] = lambda: flat(z, y)
+            losses |= dict(fastai=fl.LabelSmoothingCrossEntropy(EPS), timm=timm.loss.LabelSmoothingCrossEntropy(EPS))
+        elif not ignored: losses['fastai'] = flat
     elif kind == 'dense':
-        q = torch.rand(shape).softmax(axis)
-        losses = dict(ours=lambda: ours(z, q), torch=lambda: F.cross_entropy(z, q, label_smoothing=EPS),
-                      timm=lambda: timm.loss.SoftTargetCrossEntropy()(z, q*(1-EPS)+EPS/k))
+        target, soft = (torch.rand(shape).softmax(axis),), timm.loss.SoftTargetCrossEntropy()
+        losses = dict(ours=ours, torch=cross_entropy, timm=lambda z, q: soft(z, q*(1-EPS)+EPS/k))
+    elif kind == 'multi-label':
+        target, bce = ((torch.rand(shape) < .05).float(),), fl.BCEWithLogitsLossFlat()
+        losses = dict(ours=LabelSmoothingBCE(EPS), torch=lambda z, y: F.binary_cross_entropy_with_logits(z, y*(1-EPS)+EPS/2),
+                      fastai=lambda z, y: bce(z, y*(1-EPS)+EPS/2), timm=timm.loss.BinaryCrossEntropy(EPS))
     else:  # a pair as MixUp makes it: two losses blended, as fastai does, or the mixture of two labels
         lam, other = torch.rand(n), y[torch.randperm(n)]
         one = lambda y: MixedTarget(y[:, None], torch.ones(n, 1), k, axis)
         mixed = torch.lerp(one(other), one(y), lam[:, None])
-        pair = lambda loss: torch.lerp(loss(other), loss(y), lam).mean()
         none = fl.LabelSmoothingCrossEntropyFlat(EPS, reduction='none')
-        losses = dict(ours=lambda: ours(z, mixed), torch=lambda: pair(lambda y: F.cross_entropy(z, y, label_smoothing=EPS, reduction='none')),
-                      fastai=lambda: pair(lambda y: none(z, y)))
-    return {name: step(loss) for name, loss in losses.items()} | dict(softmax=lambda: torch.softmax(data, axis))
+        pair = lambda loss: lambda z, y, other, lam: torch.lerp(loss(z, other), loss(z, y), lam).mean()
+        target, losses = (y, other, lam), dict(torch=pair(lambda z, y: F.cross_entropy(z, y, label_smoothing=EPS, reduction='none')), fastai=pair(none))
+        losses = dict(ours=lambda z, *_: ours(z, mixed)) | losses
+    if compiled:
+        torch.compiler.reset()
+        losses['compile'] = torch.compile(losses['torch'], fullgraph=True)
+    runs = {name: step(loss, *target) for name, loss in losses.items()}
+    return runs | dict(softmax=data.sigmoid if kind == 'multi-label' else lambda: torch.softmax(data, axis)), data.nbytes
+
+
+def peak_bytes(f):
+    "The most that one call of `f` has allocated at a time, as torch's profiler sees it"
+    f()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f()
+    events = sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    now = peak = 0
+    for e in events:
+        now += e.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def measure(functions, rounds, budget=.05):
@@ -87,18 +112,24 @@ def main():
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--only', default='', help="only cases whose name holds this")
+    parser.add_argument('--compile', action='store_true', help="also torch.compile of torch's loss")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     malloc = {k: v for k, v in os.environ.items() if k.startswith('MALLOC_')} or 'default'
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} thread(s), medians of {args.rounds} rounds, "
           f"allocator: {malloc}\n")
-    print("| case | ours t | ours L | torch L | fastai t | timm t |\n|---|---|---|---|---|---|")
+    columns = [('ours', 'torch'), ('ours', 'softmax'), ('torch', 'softmax'), ('fastai', 'torch'), ('timm', 'torch')]
+    names = ['ours t', 'ours L', 'torch L', 'fastai t', 'timm t']
+    if args.compile: columns, names = [*columns, ('compile', 'torch')], [*names, 'torch.compile t']
+    names += ['ours mem', 'torch mem']
+    print(f"| case | {' | '.join(names)} |\n|{'---|'*(len(names)+1)}")
     for name, *case in CASES:
         if args.only not in name: continue
-        t = measure(contenders(*case), args.rounds)
-        ratio = lambda who, to, t=t: f"{t[who]/t[to]:.2f}" if who in t else '–'
-        columns = [('ours', 'torch'), ('ours', 'softmax'), ('torch', 'softmax'), ('fastai', 'torch'), ('timm', 'torch')]
-        print(f"| {name} | {' | '.join(ratio(*c) for c in columns)} |", flush=True)
+        functions, size = contenders(*case, args.compile)
+        t = measure(functions, args.rounds)
+        cells = [f"{t[who]/t[to]:.2f}" if who in t else '–' for who, to in columns]
+        cells += [f"{peak_bytes(functions[who])/size:.2f}" for who in ('ours', 'torch')]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == '__main__': main()
