@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/losses.html.md"""
 # %% auto #0
 __all__ = ['LabelSmoothingCrossEntropyFlat', 'SmoothingLoss', 'LabelSmoothingCrossEntropy', 'LabelSmoothingNLL',
            'LabelSmoothingBCE', 'MultiLabelSmoothingCrossEntropy', 'LabelSmoothingFocal', 'LabelRelaxation',
-           'LabelSmoothingDice', 'LogitPenalty', 'CombinedLoss']
+           'LabelSmoothingDice', 'LogitPenalty', 'CombinedLoss', 'MultiTargetLoss', 'EachClass']
 
 # %% ../nbs/03_losses.ipynb #6696734f
 import inspect
@@ -454,6 +454,17 @@ def mass_of(
     return (plain(target) != ignore_index).float()
 
 # %% ../nbs/03_losses.ipynb #d27534a0
+def check_weights(
+    weights, # Sequence of numbers, or None
+    n:int, # Number of losses
+)->list: # Of floats
+    "One factor per loss, at least 0, otherwise ValueError; 1 each for None"
+    weights = [1.]*n if weights is None else [float(w) for w in weights]
+    if len(weights) != n: raise ValueError(f"weights has {len(weights)} numbers for {n} losses.")
+    if not all(w >= 0 for w in weights): raise ValueError(f"weights must be at least 0, but got {weights}.")
+    return weights
+
+# %% ../nbs/03_losses.ipynb #8c4544ee
 class CombinedLoss(SmoothingLoss):
     "A weighted sum of losses that take the same predictions and targets"
     def __init__(self,
@@ -464,10 +475,7 @@ class CombinedLoss(SmoothingLoss):
         if not losses: raise ValueError("CombinedLoss needs at least one loss, such as CombinedLoss(LabelSmoothingDice(), LabelSmoothingCrossEntropy(axis=1)).")
         for loss in losses:
             if not isinstance(loss, SmoothingLoss): raise TypeError(f"CombinedLoss takes losses of fastai_smooth, but got {loss!r}.")
-        weights = [1.]*len(losses) if weights is None else [float(w) for w in weights]
-        if len(weights) != len(losses): raise ValueError(f"weights has {len(weights)} numbers for {len(losses)} losses.")
-        if not all(w >= 0 for w in weights): raise ValueError(f"weights must be at least 0, but got {weights}.")
-        self.losses,self.weights,self._own = nn.ModuleList(losses),weights,None
+        self.losses,self.weights,self._own = nn.ModuleList(losses),check_weights(weights, len(losses)),None
 
     @property
     def reduction(self)->str: return self.losses[0].reduction
@@ -515,3 +523,113 @@ class CombinedLoss(SmoothingLoss):
     def __repr__(self):
         weights = '' if set(self.weights) == {1.} else f', weights={self.weights}'
         return f"CombinedLoss({', '.join(map(repr, self.losses))}{weights})"
+
+# %% ../nbs/03_losses.ipynb #9d18b886
+class MultiTargetLoss(nn.Module):
+    "A weighted sum of losses, one for each head of the model and its target"
+    def __init__(self,
+        *losses, # A loss per head: of this package, fastai or torch
+        weights=None, # One factor per loss, at least 0. None: 1 each
+    ):
+        super().__init__()
+        if not losses: raise ValueError("MultiTargetLoss needs a loss for each head, such as MultiTargetLoss(CrossEntropyLossFlat(), MSELossFlat()).")
+        for loss in losses:
+            if not callable(loss): raise TypeError(f"MultiTargetLoss takes losses, but got {loss!r}.")
+        self.losses,self.weights = list(losses),check_weights(weights, len(losses))
+
+    def forward(self,
+        preds, # Predictions, a sequence with one tensor per head
+        *targets, # The target of each head
+        inputs=None, # What the model was called with, for distributions that ask for it
+    )->Tensor: # The sum, 0-d; one loss per example (N,) for reduction 'none'
+        "The weighted sum. Another number of predictions or targets than of losses: ValueError"
+        if isinstance(preds, Tensor) or not len(preds) == len(targets) == len(self.losses):
+            got = f"one tensor {tuple(preds.shape)}" if isinstance(preds, Tensor) else f"{len(preds)} predictions"
+            raise ValueError(f"There are {len(self.losses)} losses, but got {got} and {len(targets)} targets.")
+        res = 0.
+        for w, loss, pred, target in zip(self.weights, self.losses, preds, targets):
+            value = loss(pred, target, **({'inputs': inputs} if getattr(loss, 'dist', None) is not None else {}))
+            if value.ndim > 1: value = value.flatten(1).mean(1)
+            res = res + w*value
+        return res
+
+    @property
+    def reduction(self)->str: return self.losses[0].reduction
+    @reduction.setter
+    def reduction(self, value):
+        for loss in self.losses: loss.reduction = value
+
+    def _apply(self, fn, recurse=True):
+        for loss in self.losses:
+            inner = getattr(loss, 'func', loss) # fastai's losses wrap a module
+            if isinstance(inner, nn.Module): inner._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def activation(self,
+        preds # Predictions, one tensor per head
+    )->tuple: # What each loss makes of its own
+        "The activation of each head"
+        return tuple(getattr(loss, 'activation', lambda x: x)(pred) for loss, pred in zip(self.losses, preds))
+
+    def decodes(self,
+        preds # Predictions or what `activation` gave, one tensor per head
+    )->tuple: # What each loss makes of its own
+        "The decoding of each head"
+        return tuple(getattr(loss, 'decodes', lambda x: x)(pred) for loss, pred in zip(self.losses, preds))
+
+    def __repr__(self):
+        weights = '' if set(self.weights) == {1.} else f', weights={self.weights}'
+        return f"MultiTargetLoss({', '.join(map(repr, self.losses))}{weights})"
+
+# %% ../nbs/03_losses.ipynb #1f8b2d23
+class EachClass(nn.Module):
+    "A loss of class indices as a loss of dense targets: the sum of its values for each class, weighted by the target"
+    y_int = True # fastai's mixers blend the losses of index targets
+    def __init__(self,
+        loss, # A loss of index targets with a settable `reduction`, linear in the target
+        axis:int=1, # Class dimension of predictions and dense targets
+        ignore_index:int|None=-100, # Index that has no mass in a mixed target
+    ):
+        super().__init__()
+        if not callable(loss): raise TypeError(f"EachClass takes a loss, but got {loss!r}.")
+        if not hasattr(loss, 'reduction'):
+            raise TypeError(f"EachClass needs the loss of each example, and {loss!r} has no `reduction` that could be set to 'none'.")
+        self.loss,self.axis,self.ignore_index = loss,axis,ignore_index
+
+    def forward(self,
+        pred:Tensor, # Predictions, (N, K, *) with the classes at `axis`
+        target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
+    )->Tensor: # Loss
+        "The loss itself for indices, otherwise the weighted sum over the classes"
+        if not is_mixed(target) and not target.is_floating_point(): return self.loss(pred, target)
+        axis = check_axis(pred, self.axis)
+        q = dense_target(target, pred, axis, self.ignore_index)
+        old,value = self.loss.reduction,0.
+        try:
+            self.loss.reduction = 'none'
+            for k in range(q.shape[axis]):
+                share = q.select(axis, k)
+                if not share.any(): continue
+                each = self.loss(pred, torch.full(share.shape, k, device=q.device))
+                if each.numel() != share.numel():
+                    raise ValueError(f"With reduction='none' {self.loss!r} gave the shape {tuple(each.shape)} for targets of shape {tuple(share.shape)}.")
+                value = value + share*each.view(share.shape)
+        finally: self.loss.reduction = old
+        if not isinstance(value, Tensor): value = pred.sum(axis)*0. # no mass anywhere
+        return reduce(value, q.sum(axis), old)
+
+    @property
+    def reduction(self)->str: return self.loss.reduction
+    @reduction.setter
+    def reduction(self, value): self.loss.reduction = value
+    def activation(self,
+        pred:Tensor # Predictions
+    )->Tensor: # What the loss makes of them
+        "The activation of the loss"
+        return getattr(self.loss, 'activation', lambda x: x)(pred)
+    def decodes(self,
+        pred:Tensor # Predictions or what `activation` gave
+    )->Tensor: # What the loss makes of them
+        "The decoding of the loss"
+        return getattr(self.loss, 'decodes', lambda x: x)(pred)
+    def __repr__(self): return f"EachClass({self.loss!r}, axis={self.axis}, ignore_index={self.ignore_index})"

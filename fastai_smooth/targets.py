@@ -331,6 +331,14 @@ class MixedTarget:
                 return self._like(torch.cat([self.indices, end.indices], 1), torch.cat([a, b], 1))
         return torch.lerp(self.dense(), _densified(end), weight)
 
+    def where(self, condition, other):
+        "`self` where the condition holds and `other` elsewhere, as `torch.where`; sparse if both are and the condition is the same for all classes"
+        if isinstance(other, MixedTarget) and self.is_sparse_mixture and other.is_sparse_mixture:
+            c = _lerp_weight(condition, self.shape, self.axis)
+            same = (self.shape, self.axis, self.ignore_index, self.indices.shape) == (other.shape, other.axis, other.ignore_index, other.indices.shape)
+            if c is not None and same: return self._like(torch.where(c, self.indices, other.indices), torch.where(c, self.weights, other.weights))
+        return torch.where(condition, self.dense(), _densified(other))
+
     def __getitem__(self, i):
         by_example = isinstance(i, (slice, list)) or (hasattr(i, 'ndim') and i.ndim == 1)
         if by_example and self._dense is None: return self._like(self.indices[i], self._weights[i])
@@ -354,6 +362,7 @@ class MixedTarget:
         mixture, name = args and isinstance(args[0], MixedTarget), getattr(func, '__name__', '')
         if mixture and func in (torch.lerp, Tensor.lerp) and not kwargs.keys() - {'weight', 'end'}:
             return args[0].lerp(*args[1:], **kwargs)
+        if func is torch.where and len(args) == 3 and not kwargs and isinstance(args[1], MixedTarget): return args[1].where(args[0], args[2])
         if mixture and name.endswith('_') and not name.endswith('__'): args[0]._densify()
         return func(*_densified(args), **_densified(kwargs))
 
