@@ -79,8 +79,8 @@ def entries(
     elif target.is_floating_point():
         if tuple(target.shape) != shape: raise shape_error(shape, tuple(target.shape), axis, False)
         return plain_tensor(target).to(logits.dtype), None
-    elif target.dtype is torch.bool:
-        raise TypeError("A bool target is ambiguous: pass `.long()` for class indices or `.float()` for a dense target.")
+    elif target.dtype is torch.bool or target.is_complex():
+        raise TypeError(f"A {str(target.dtype)[6:]} target is ambiguous: pass `.long()` for class indices or `.float()` for a dense target.")
     else:
         index, coefficient = plain_tensor(target).long(), None
         if index.ndim == 1 < len(shape)-1 and len(index) == logits.select(axis, 0).numel():
@@ -189,14 +189,14 @@ SMALL = 2**13 # elements below which calls cost more than numbers
 def plain_needed(x):
     "Whether something asks for the plain formula: a device, a transform or a compiler that custom Functions do not serve"
     return not x.is_cpu or (x.dtype is not torch.float32 and x.dtype is not torch.float64) or (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+        torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
 
 class _GivesGradientAway(torch.autograd.Function):
     "A loss whose gradient was computed with it. `compute(logits, *args)` gives both; `plain` is the same loss for autograd"
     @staticmethod
     def forward(ctx, logits, compute, args, plain):
         loss, ctx.buffer = compute(logits, *args)
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(logits, *(a for a in args if isinstance(a, Tensor))) # a change in place is noticed where they are needed again
         ctx.again = compute, args, plain
         return loss
 
@@ -204,11 +204,14 @@ class _GivesGradientAway(torch.autograd.Function):
     def backward(ctx, grad):
         compute, args, plain = ctx.again
         if torch.is_grad_enabled(): # the gradient is to be differentiated in its turn
-            logits, = ctx.saved_tensors
+            logits = ctx.saved_tensors[0]
             return torch.autograd.grad(plain(logits), logits, grad, create_graph=True)[0], None, None, None
         buffer, ctx.buffer = ctx.buffer, None
         if buffer is None: buffer = compute(ctx.saved_tensors[0].detach(), *args)[1] # given away: once more, bit for bit
-        scale = grad.item()
+        try: scale = grad.item()
+        except RuntimeError: # several gradients at once
+            ctx.buffer = buffer
+            return buffer*grad, None, None, None
         return buffer if scale == 1. else buffer.mul_(scale), None, None, None
 
 def with_gradient(logits, compute, args, plain):
@@ -242,43 +245,46 @@ def blocks_of(z, g):
                 yield s, z[s], p
                 if g is not None: g[s] = p
 
-def softmax_into(z, out):
-    "Softmax over dimension 1. Where that is not the last one, simple passes over a block in the cache are faster than torch's own"
-    if z.ndim == 2: return torch.softmax(z, 1, out=out)
-    torch.sub(z, z.amax(1, keepdim=True), out=out).exp_()
-    return out.div_(out.sum(1, keepdim=True))
-
 def inner(a, b): return torch.dot(a.reshape(-1), b.reshape(-1)).item()
 
 def loss_of_block(z, index, c, mass, even, eps, scale, out, wanted):
-    "Sum of the losses of logits (A, K, *), and the softmax made `scale` times its gradient. `even`: the mass is 1 everywhere"
-    k = z.shape[1]
-    if not wanted or z.numel() <= SMALL: # log p of all classes: few calls
+    """Sum of the losses of logits (A, K, *), and the softmax made `scale` times its gradient if that is `wanted`.
+
+    log p is kept as `t` + `shift`, with t the logits relative to one of their row: then nothing large is subtracted from something large."""
+    k, shift = z.shape[1], None
+    def terms(t): # Σ q log p and Σ_k log p_k, up to the shift
+        chosen = inner(c, t) if index is None else t.gather(1, index).sum().item() if c is None else inner(c, t.gather(1, index))
+        return chosen, 0. if not eps else t.sum().item() if c is None else inner(mass, t.sum(1))
+    if not wanted or z.numel() <= SMALL: # few calls
         p = torch.log_softmax(z, 1, out=out)
-        chosen = p if index is None else p.gather(1, index)
-        total = (eps-1)*(chosen.sum().item() if c is None else inner(c, chosen))
-        if eps: total -= eps*(p.sum().item() if mass is None else inner(mass, p.sum(1)))/k
+        chosen, every = terms(p)
         if wanted: p.exp_()
-    else: # log p only where it is asked for
-        p = softmax_into(z, out)
-        chosen = p[:,:1] if index is None else p.gather(1, index)
-        if chosen.amin().item() >= (1e-30 if z.dtype is torch.float32 else 1e-290): chosen = chosen.log()
-        else: chosen = z.log_softmax(1)[:,:1] if index is None else z.log_softmax(1).gather(1, index) # an underflow, or nan
-        if index is None: total = inner(mass, z[:,:1]-chosen) + (eps-1)*inner(c, z)
-        else: total = (eps-1)*(chosen.sum().item() if c is None else inner(c, chosen))
-        if eps: # mean log p = mean z - log Σ exp z
-            if index is None: total -= eps*inner(mass, z.sum(1))/k
-            elif c is None: total += eps*(z.gather(1, index).sum().item() - chosen.sum().item() - z.sum().item()/k)
-            else: total += eps*inner(mass, z.gather(1, index[:,:1]) - chosen[:,:1] - z.sum(1, keepdim=True)/k)
+    elif z.ndim == 3: # simple passes over a block in the cache are faster than torch's softmax of a dimension that is not the last
+        p = torch.sub(z, z.amax(1, keepdim=True), out=out)
+        chosen, every = terms(p)
+        norm = p.exp_().sum(1, keepdim=True)
+        p.div_(norm)
+        shift = norm.log_().neg_()
+    else:
+        p = torch.softmax(z, 1, out=out)
+        of_one = (lambda x: x[:,:1]) if index is None else (lambda x: x.gather(1, index[:,:1]))
+        shift = of_one(p)
+        if shift.amin().item() >= (1e-30 if z.dtype is torch.float32 else 1e-290): chosen, every, shift = *terms(z - of_one(z)), shift.log()
+        else: (chosen, every), shift = terms(z.log_softmax(1)), None # an underflow, or nan
+    total = (eps-1)*chosen - eps*every/k
+    if shift is not None: total -= shift.sum().item() if c is None else inner(mass, shift)
     if wanted:
         torch.add(p.new_full((), -eps*scale/k), p, alpha=scale, out=p) # both in one pass
         if not even: p.mul_(mass)
         if index is None: p.sub_(c, alpha=(1-eps)*scale)
-        else: p.scatter_add_(1, index, chosen.fill_((eps-1)*scale) if c is None else c*((eps-1)*scale))
+        else: p.scatter_add_(1, index, torch.full(index.shape, (eps-1)*scale, dtype=z.dtype) if c is None else c*((eps-1)*scale))
     return total, p
 
 def loss_of_rows(z, index, c, eps, mean, wanted):
-    "Smoothed cross entropy of logits (A, K, *) and its gradient. The target is indices (A, m, *) with coefficients `c`, or `c` alone (A, K, *)"
+    """Smoothed cross entropy of logits (A, K, *) and its gradient.
+
+    The target is indices (A, m, *) with coefficients `c`, where None says one label of weight 1 each; or, without indices, `c` alone (A, K, *).
+    `mass` (A, 1, *) is what the coefficients sum to, and `even` that it is 1 everywhere."""
     if c is None: mass, n, even = None, index.numel(), True
     else:
         mass = c.sum(1, keepdim=True)
@@ -299,7 +305,7 @@ def loss_and_gradient(logits, index, c, eps, axis, ignore_index, mean, wanted):
         rest, flat = (*logits.shape[1:axis], *logits.shape[axis+1:]), z.ndim == 2
         if index is None: c = (c.movedim(axis, -1) if flat else c).reshape(z.shape)
         else:
-            lay = lambda t: t.movedim(1, -1).reshape(len(z), -1) if flat else t.reshape(len(z), t.shape[1], -1)
+            lay = lambda t: t.movedim(1, -1).reshape(len(z), -1) if flat else t.movedim(1, axis).reshape(len(z), t.shape[1], -1)
             index, c = lay(index), c if c is None else lay(c.expand(*c.shape[:2], *rest))
     res = None
     if index is None: res = loss_of_rows(z, None, c, eps, mean, wanted)
@@ -322,7 +328,7 @@ def fast_cross_entropy(
     plain, # The same loss as a function of the logits alone
 )->Tensor|None: # Loss, or None where the plain formula has to speak
     "Smoothed cross entropy with its gradient in one go"
-    if plain_needed(logits): return None
+    if plain_needed(logits) or logits.ndim < 2: return None
     shape, c = logits.shape, None
     if not isinstance(target, Tensor):
         if not getattr(target, 'is_sparse_mixture', False) or target.shape != shape or target.axis != axis: return None
@@ -333,7 +339,7 @@ def fast_cross_entropy(
         if target.shape != shape or target.requires_grad or not target.is_cpu: return None
         index, c = None, plain_tensor(target).to(logits.dtype)
     else:
-        if target.dtype is torch.bool or target.shape != shape[:axis] + shape[axis+1:]: return None
+        if target.dtype is torch.bool or target.is_complex() or target.shape != shape[:axis] + shape[axis+1:]: return None
         index = plain_tensor(target).long().unsqueeze(1)
     if not logits.numel(): return None
     try: return with_gradient(logits, loss_and_gradient, (index, c, eps, axis, ignore_index, reduction == 'mean'), plain)
@@ -387,6 +393,7 @@ def binary_cross_entropy_of_logits(logits, target, weight, pos_weight, reduction
         if not shapes: raise
         raise ValueError(f"{shapes} must be broadcastable to the logits of shape {tuple(logits.shape)}: {e}") from None
     loss = loss.masked_fill(~known, 0.)
+    if reduction == 'classes' and not loss.ndim: loss, known = loss[None], known[None]
     if reduction == 'classes': return reduce(loss, known.any(-1).to(loss.dtype), 'mean')
     return reduce(loss, known.to(loss.dtype), reduction)
 
@@ -398,26 +405,28 @@ def binary_loss_and_gradient(logits, target, off, on, scale, wanted):
         zb, yb = z[i:i+step], y[i:i+step]
         p = torch.sigmoid(zb, out=g[i:i+step] if wanted else None)
         # log(1 + exp z) = max(z, 0) - log max(p, 1-p), where eight factors of at least a half share one logarithm
-        high = torch.sub(p, .5).abs_().add_(.5)
-        even = len(high)//8*8
-        logs = high[:even].view(8, -1).prod(0).log_().sum().item() + (high[even:].log_().sum().item() if even < len(high) else 0.)
-        z_sum = zb.sum().item() if off else 0.
-        total += torch.clamp(zb, min=0, out=high).sum().item() - logs - off*z_sum - (on-off)*torch.dot(zb, yb).item()
+        work = torch.sub(p, .5).abs_().add_(.5)
+        even = len(work)//8*8
+        total -= work[:even].view(8, -1).prod(0).log_().sum().item() + (work[even:].log_().sum().item() if even < len(work) else 0.)
+        # max(z, 0) - y' z entry by entry: the two may be large and nearly equal
+        torch.clamp(zb, min=0, out=work).addcmul_(zb, yb, value=off-on)
+        if off: work.sub_(zb, alpha=off)
+        total += work.sum().item()
+        if not math.isfinite(total): raise ArithmeticError(f"The loss is {total}.")
         if wanted: torch.add(p.new_full((), -off*scale), p, alpha=scale, out=p).sub_(yb, alpha=(on-off)*scale)
-    if not math.isfinite(total): raise ArithmeticError(f"The loss is {total}.")
     return z.new_full((), total*scale), g.view(logits.shape) if wanted else None
 
 def fast_binary_cross_entropy(logits, target, off, on, reduction, plain):
     "Binary cross entropy with its gradient in one go, or None where the plain formula has to speak"
     if plain_needed(logits) or isinstance(off, Tensor) or isinstance(on, Tensor) or target.requires_grad or not target.is_cpu: return None
-    n = 1 if reduction == 'sum' else logits.numel()//(logits.shape[-1] if reduction == 'classes' else 1) if logits.numel() else 0
-    if not n or not logits.numel(): return None
+    if not logits.numel() or (reduction == 'classes' and not logits.ndim): return None
+    n = {'sum': 1, 'mean': logits.numel(), 'classes': logits.numel()//logits.shape[-1] if logits.ndim else 1}[reduction]
     try: return with_gradient(logits, binary_loss_and_gradient, (target, off, on, 1/n), plain)
-    except ArithmeticError: return None # nan for unknown entries, or a loss that is not finite
+    except (RuntimeError, ArithmeticError): return None # nan for unknown entries, or a loss that is not finite
 
 def levels(eps, convention, n_classes):
     "What smoothing makes of the binary labels 0 and 1"
-    share = {'half': .5, 'uniform': 1/n_classes, 'complement': 0.} # of the moved mass that a label keeps
+    share = {'half': .5, 'uniform': 1/max(n_classes, 1), 'complement': 0.} # of the moved mass that a label keeps
     if convention not in share: raise ValueError(f"convention must be 'half', 'uniform' or 'complement', but got {convention!r}.")
     return eps*(share[convention] or 1.), 1 - eps*(1-share[convention])
 

@@ -147,7 +147,9 @@ class LabelSmoothingCrossEntropy(SmoothingLoss):
         "The strength under the convention 'uniform'; above 1 where 'others' is that strong"
         if self.convention == 'uniform': return self.eps
         check_choice(self.convention, SOFTMAX_CONVENTIONS, 'convention')
-        if self.convention == 'classy': return self.eps/(1+self.eps)
+        if self.convention == 'classy':
+            if not isinstance(self.eps, Tensor) and self.eps <= -1: raise ValueError(f"eps must be above -1 for convention='classy', but is {self.eps}.")
+            return self.eps/(1+self.eps)
         if n_classes < 2: raise ValueError(f"convention='others' needs at least 2 classes, but got {n_classes}.")
         return self.eps*(n_classes/(n_classes-1))
 
@@ -215,7 +217,7 @@ class LabelSmoothingBCE(SmoothingLoss):
             off,on = 0.,1.
         reduction = self.reduction if not self.sum_classes or self.reduction != 'mean' else 'classes'
         loss = binary_cross_entropy(logits, y, self.weight, self.pos_weight, reduction, off, on)
-        return loss.sum(-1) if self.sum_classes and reduction == 'none' else loss
+        return loss.sum(-1) if self.sum_classes and reduction == 'none' and loss.ndim else loss
 
     def activation(self,
         pred:Tensor # Logits
@@ -297,7 +299,7 @@ class LabelRelaxation(SmoothingLoss):
     y_int = True # fastai's mixers blend the losses of index targets
 
     def __init__(self,
-        eps:float=0.1, # The paper's alpha in [0, 1): a number or one per class
+        eps:float=0.1, # The paper's alpha in [0, 1]: a number or one per class
         weight:Tensor|None=None, # Class weights (K,)
         reduction:str='mean', # 'mean' over the weighted mass of the target, 'sum' or 'none' (one loss per position)
         *,
@@ -312,11 +314,10 @@ class LabelRelaxation(SmoothingLoss):
         pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
         target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
-        "Relaxed loss. Shapes or labels that do not fit, or an eps of 1, which asks for nothing: ValueError"
+        "Relaxed loss. Shapes or labels that do not fit: ValueError"
         axis,log_p = check_axis(pred, self.axis),in_single_precision(pred)
         log_p = log_p.log_softmax(axis)
-        alpha = torch.as_tensor(eps_along(self.eps, log_p, axis)).to(log_p)
-        if (alpha >= 1).any(): raise ValueError(f"eps must be below 1 for label relaxation, but is {self.eps}: every prediction would be right.")
+        alpha = torch.as_tensor(eps_along(self.eps, log_p, axis)).to(log_p).clamp(max=1-torch.finfo(log_p.dtype).eps) # 1 asks for nothing
         log_p = torch.minimum(log_p, (-alpha).log1p()) # from there on nothing is to be gained
         cost = (1-alpha)*((-alpha).log1p()-log_p) + torch.xlogy(alpha, alpha) - alpha*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny).log()
         return cross_entropy_of_log_probs(-cost, target, 0., axis, self.weight, 'class', self.ignore_index, self.reduction)

@@ -214,7 +214,7 @@ def binary_levels(
     eps_pos = check_eps(eps if eps_pos is None else eps_pos, name='eps' if eps_pos is None else 'eps_pos')
     eps_neg = check_eps(eps if eps_neg is None else eps_neg, name='eps' if eps_neg is None else 'eps_neg')
     check_choice(convention, BINARY_CONVENTIONS, 'convention')
-    share = {'half': .5, 'uniform': 1/(y.shape[axis] if y.ndim else 1), 'complement': 0}[convention]
+    share = {'half': .5, 'uniform': 1/max(y.shape[axis] if y.ndim else 1, 1), 'complement': 0}[convention]
     off = eps_along(eps_neg, y, axis)*(1 if convention == 'complement' else share)
     return off, 1 - eps_along(eps_pos, y, axis)*(1-share)
 

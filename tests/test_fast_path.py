@@ -218,3 +218,76 @@ def test_nothing_at_all():
     loss = smooth_cross_entropy(z, torch.zeros(0).long())
     loss.backward()
     assert loss == 0 and z.grad.shape == (0, K)
+
+
+@pytest.mark.parametrize('shape, axis', [((2, 2, 5, 3), 2), ((3, 4, 5, 2, 3), 3), ((2, 3, 5), 2), ((2, 5, 3), 1)])
+@pytest.mark.parametrize('form', FORMS)
+def test_classes_at_any_axis(shape, axis, form, calls):
+    z, target = make(form, shape, axis)
+    a, b = z.clone().requires_grad_(), z.clone().requires_grad_()
+    dense = target if form == 'dense' else target.dense() if form == 'mixed' else F.one_hot(target, shape[axis]).movedim(-1, axis).double()
+    q = .9*dense + .1*dense.sum(axis, keepdim=True)/shape[axis]
+    expected = -(q*b.log_softmax(axis)).sum()/dense.sum()
+    loss = smooth_cross_entropy(a, target, axis=axis)
+    loss.backward(), expected.backward()
+    close(loss, expected, 1e-10), close(a.grad, b.grad, 1e-10)
+    assert calls == [True]
+
+
+@pytest.mark.parametrize('offset', [0., 100., 1e4, 1e6, 1e30])
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('shape, axis', [((512, 100), 1), ((2, 100, 16, 16), 1)])
+def test_logits_far_from_zero(shape, axis, form, offset, calls):
+    "The loss does not depend on what is added to all logits: nothing large is subtracted from something large"
+    z, target = make(form, shape, axis, torch.float32)
+    z = z+offset
+    a, b = z.clone().requires_grad_(), z.double()
+    for eps in (0., .1):
+        loss, exact = smooth_cross_entropy(a, target, eps, axis=axis), smooth_cross_entropy_reference(b, target, eps, axis=axis)
+        close(loss, exact, 3e-6)
+        with torch.no_grad(): close(smooth_cross_entropy(a, target, eps, axis=axis), exact, 3e-6)
+    assert all(calls)
+
+
+def test_binary_logits_far_from_zero():
+    "Right and sure costs nothing, however sure; half wrong costs what torch says"
+    for size in (20., 80., 1e8, 1e30):
+        y = (torch.rand(512, 80) < .5).float()
+        z = size*(2*y-1)
+        z.requires_grad_()
+        assert abs(kernels.smooth_binary_cross_entropy(z, y, 0.).item()) < 1e-7
+        half = torch.where(torch.rand(512, 80) < .5, z, -z).detach()
+        close(kernels.smooth_binary_cross_entropy(half, y, .1)/size, F.binary_cross_entropy_with_logits(half.double(), y.double()*.9+.05)/size, 1e-6)
+
+
+def test_one_example_without_a_batch_dimension():
+    z = torch.randn(5)
+    close(LabelSmoothingCrossEntropy(.1)(z, torch.tensor(2)), F.cross_entropy(z, torch.tensor(2), label_smoothing=.1))
+
+
+def test_a_target_changed_before_the_gradient_is_computed_again():
+    z, y = make('index')
+    for loss_of, target in ((smooth_cross_entropy, y), (kernels.smooth_binary_cross_entropy, torch.rand(6, K, dtype=z.dtype))):
+        x = z.clone().requires_grad_()
+        loss = loss_of(x, target)
+        loss.backward(retain_graph=True)
+        target.copy_(target.flip(0))
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
+
+@pytest.mark.parametrize('loss_of', [smooth_cross_entropy, kernels.smooth_binary_cross_entropy])
+def test_several_gradients_at_once(loss_of):
+    z, _ = make('index')
+    q = torch.rand(6, K, dtype=z.dtype)
+    x = z.clone().requires_grad_()
+    one, = torch.autograd.grad(loss_of(x, q), x)
+    both, = torch.autograd.grad(loss_of(x, q), x, torch.tensor([1., -2.], dtype=z.dtype), is_grads_batched=True)
+    close(both, torch.stack([one, -2*one]))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('loss_of', [smooth_cross_entropy, kernels.smooth_binary_cross_entropy])
+def test_traced(loss_of):
+    z, q = torch.randn(6, K), torch.rand(6, K)
+    traced = torch.jit.trace(lambda z, q: loss_of(z, q), (torch.zeros(6, K), torch.ones(6, K)), check_trace=False)
+    close(traced(z, q), loss_of(z, q))
