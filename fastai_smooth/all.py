@@ -17,14 +17,17 @@ from .callback import CutMixMask, LabelSmoothing, OneOf, TimmMix, soft_loss
 from .data import digits, mnist5k
 from .distributions import ClassPrior, Similarity, Uniform
 from .kernels import smooth_binary_cross_entropy, smooth_cross_entropy
-from .losses import (CombinedLoss, EachClass, MultiTargetLoss, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingDice,
+from .losses import (CombinedLoss, EachClass, MultiTargetLoss,
+                                  LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingDice,
                                   LabelRelaxation, LabelSmoothingFocal, LabelSmoothingNLL, LogitPenalty, MultiLabelSmoothingCrossEntropy)
 from .noise import corrupt_labels
 from .recipes import Comparison
 from .targets import MixedTarget, convert_eps, smooth_binary, smooth_labels, to_dense
 
 # %% ../nbs/10_all.ipynb #a537be56
-_all_ = ['LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss', 'digits', 'mnist5k', 'ClassPrior', 'Similarity', 'Uniform', 'smooth_binary_cross_entropy',
+_all_ = ['LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss',
+         'digits', 'mnist5k', 'ClassPrior', 'Similarity', 'Uniform', 'smooth_binary_cross_entropy',
          'smooth_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
-         'CombinedLoss', 'EachClass', 'MultiTargetLoss', 'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
+         'CombinedLoss', 'EachClass', 'MultiTargetLoss',
+         'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
          'corrupt_labels', 'Comparison', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']

@@ -377,7 +377,8 @@ class LabelSmoothing(TrainingPassCallback):
         "The targets that are encoded: those to smooth, and beside them all others that a `MultiTargetLoss` has a loss for"
         if not isinstance(soft, MultiTargetLoss):
             if len(self.targets) > 1 and isinstance(soft, SmoothingLoss):
-                raise ValueError(f"target={self.target} asks for several targets, but {soft!r} takes one: put the losses of the targets into a MultiTargetLoss.")
+                raise ValueError(f"target={self.target} asks for several targets, but {soft!r} takes one: put the losses of the targets into "
+                                 "a MultiTargetLoss.")
             return [_Head(t, soft, True, self.is_binary(soft, t)) for t in self.targets]
         n = len(soft.losses)
         wrong = [t for t in self.targets if not -n <= t < n]
@@ -490,7 +491,8 @@ class LabelSmoothing(TrainingPassCallback):
         "Once per pass: raise a ValueError if the data loader gives dense targets that the user's loss could not be validated on"
         loss.checked = True
         dense = [h for h in loss.heads if isinstance(h.index, Tensor) and h.index.is_floating_point() and not h.binary]
-        if not dense or loss.given is None or not len(getattr(loss.learn.dls, 'loaders', ())) > 1: return
+        loaders = getattr(loss.learn.dls, 'loaders', ())
+        if not dense or loss.given is None or len(loaders) < 2 or not len(loaders[1]): return
         try:
             with torch.no_grad(): loss.user(pred, *loss.given)
         except Exception as e:
@@ -629,7 +631,8 @@ def _paste(
     size = tuple(inside.shape)
     if tuple(y.shape[-2:]) == size and len(y.shape) > 2: return torch.where(inside, other, y)
     if tuple(y.shape[-3:-1]) == size: return torch.where(inside.unsqueeze(-1), other, y) # the classes last
-    raise ValueError(f"CutMixMask pastes boxes of images of {size} into masks, but got a target of shape {tuple(y.shape)}. For labels of whole images use CutMix.")
+    raise ValueError(f"CutMixMask pastes boxes of images of {size} into masks, but got a target of shape {tuple(y.shape)}. "
+                     "For labels of whole images use CutMix.")
 
 # %% ../nbs/04_callback.ipynb #2330b1a7
 class CutMixMask(CutMix):

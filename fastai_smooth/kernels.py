@@ -189,7 +189,8 @@ SMALL = 2**13 # elements below which calls cost more than numbers
 def plain_needed(x):
     "Whether something asks for the plain formula: a device, a transform or a compiler that custom Functions do not serve"
     return not x.is_cpu or (x.dtype is not torch.float32 and x.dtype is not torch.float64) or (
-        torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+        torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
 
 class _GivesGradientAway(torch.autograd.Function):
     "A loss whose gradient was computed with it. `compute(logits, *args)` gives both; `plain` is the same loss for autograd"

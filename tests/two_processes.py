@@ -1,0 +1,53 @@
+"""Run by test_processes.py under torchrun: train on two processes on the CPU and write down what each of them saw
+
+    torchrun --nproc_per_node 2 two_processes.py OUT KIND MIXERS"""
+import sys
+
+import fastai.distributed as fd
+import torch
+import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.optimizer import SGD
+from fastcore.basics import patch
+from learners import Look, make_learner
+
+from fastai_smooth.callback import LabelSmoothing, OneOf, TimmMix
+from fastai_smooth.losses import LabelSmoothingCrossEntropy
+
+EPS, LR = .2, .1
+
+
+@patch
+def _broadcast(self: fd.DistributedDL, t, rank):
+    "fastai's asks for a GPU"
+    t = torch.as_tensor(t)
+    dist.broadcast(t, rank)
+    return t.tolist()
+
+
+class Weights(Callback):
+    "The weights before each step, and the gradients that were used"
+    order, run_valid = 95, False
+    def before_fit(self): self.seen = []
+    def before_step(self): self.seen.append([(p.detach().clone(), p.grad.clone()) for p in self.model.parameters()])
+
+
+def main(out, kind, mixers):
+    torch.set_num_threads(1)
+    cbs = {'none': [], 'both': [MixUp(), CutMix()], 'oneof': [OneOf(MixUp(), CutMix(), p=[.5, .3])], 'timm': [TimmMix(.8, 1., mode='elem')],
+           'mixup': [MixUp()]}[mixers]
+    loss = LabelSmoothingCrossEntropy(0., axis=1) if kind == 'one_hot' else None
+    learn = make_learner(kind, loss, [LabelSmoothing(EPS), *cbs, Look(), Weights()], bs=4, opt_func=SGD)
+    loss = learn.loss_func
+    with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+        torch.manual_seed(10+fd.rank_distrib()) # each process mixes its own way
+        learn.fit(2, LR)
+    found = dict(world=dist.get_world_size(), rank=dist.get_rank(), seen=learn.look.seen, weights=learn.weights.seen, restored=learn.loss_func is loss,
+                 last=[p.detach() for p in learn.model.parameters()], valid=[list(v) for v in learn.recorder.values])
+    found['seen'] = [(x, pred, loss, [torch.as_tensor(t) for t in yb]) for x, pred, loss, yb in found['seen']]
+    torch.save(found, f'{out}/rank{dist.get_rank()}.pt')
+    dist.destroy_process_group()
+
+
+if __name__ == '__main__': main(*sys.argv[1:])
