@@ -198,7 +198,8 @@ def test_prob_of_zero_leaves_all_alone():
 
 
 @pytest.mark.parametrize('kwargs, words', [(dict(mixup_alpha=0.), 'nothing to mix'), (dict(mixup_alpha=-1.), 'mixup_alpha'),
-                                           (dict(mode='item'), "'batch', 'pair'"), (dict(prob=1.5), 'prob'), (dict(switch_prob=-.1), 'switch_prob'), (dict(cutmix_minmax=(.5, .2)), 'cutmix_minmax'),
+                                           (dict(mode='item'), "'batch', 'pair'"), (dict(prob=1.5), 'prob'),
+                                           (dict(switch_prob=-.1), 'switch_prob'), (dict(cutmix_minmax=(.5, .2)), 'cutmix_minmax'),
                                            (dict(cutmix_alpha=math.nan), 'cutmix_alpha')])
 def test_bad_arguments(kwargs, words):
     with pytest.raises(ValueError, match=words): TimmMix(**kwargs)
