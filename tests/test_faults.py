@@ -14,14 +14,15 @@ from fastai.callback.core import (
     CancelValidException,
     _events,
 )
+import fastai.callback.schedule  # noqa: F401  (gives the Learner `lr_find`)
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from learners import Look, check_seen, fit, make_learner
 from torch import nn
 
-from fastai_smooth.callback import LabelSmoothing, OneOf, _OneShot, _TrainingLoss
-from fastai_smooth.losses import LabelSmoothingCrossEntropy
+from fastai_smooth.callback import CutMixMask, LabelSmoothing, OneOf, TimmMix, _OneShot, _TrainingLoss
+from fastai_smooth.losses import EachClass, LabelSmoothingCrossEntropy
 
 CANCELS = [CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
            CancelValidException]
@@ -197,4 +198,53 @@ def test_a_fit_inside_a_fit():
     loss = CrossEntropyLossFlat()
     learn = make_learner('index', loss, [LabelSmoothing(.1), Look(), FitInside()])
     fit(learn, 2)
+    check_unharmed(learn, loss)
+
+
+NEWER = {'timm': ('index', lambda: [TimmMix(.8, 1., mode='elem')]), 'one of timm': ('index', lambda: [OneOf(TimmMix(mode='pair'), CutMix(), p=[.5, .3])]),
+         'masks': ('mask', lambda: [CutMixMask()]), 'masks, blended': ('mask', lambda: [CutMixMask(), TimmMix()])}
+
+
+@pytest.mark.parametrize('mixers', NEWER)
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, CancelBatchException, CancelFitException], ids=lambda e: e.__name__)
+@pytest.mark.parametrize('event', [e for e in EVENTS if 'cancel' not in e])
+def test_every_mixer_and_a_schedule(event, error, mixers):
+    "A strength that changes ends where it was, and its log belongs to the last fit"
+    kind, cbs = NEWER[mixers]
+    loss = CrossEntropyLossFlat(axis=1 if kind == 'mask' else -1)
+    cb = LabelSmoothing(lambda pct: .1)
+    learn = make_learner(kind, loss, [cb, Look(), Raise(event, error, 1000, 1), *cbs()])
+    run(learn, 2)
+    check_unharmed(learn, loss, kind)
+    assert cb.log == [.1]*3 and learn.recorder.hps['eps'] == cb.log
+
+
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, CancelBatchException, CancelFitException], ids=lambda e: e.__name__)
+@pytest.mark.parametrize('event', ['before_train', 'before_batch', 'after_pred', 'after_loss', 'after_batch', 'after_epoch'])
+def test_a_loss_asked_for_each_class(event, error):
+    inner = nn.CrossEntropyLoss()
+    loss = EachClass(inner)
+    learn = make_learner('index', loss, [LabelSmoothing(.1), Look(), Raise(event, error, 1000, 1), MixUp()])
+    run(learn, 2)
+    check_unharmed(learn, loss)
+    assert inner.reduction == 'mean'
+
+
+def test_lr_find_between_two_fits_and_inside_one():
+    "fastai's finder trains with the same callbacks; the weights and the loss come back"
+    class Finder(Callback):
+        done = False
+        def after_epoch(self):
+            if self.done: return
+            self.done = True
+            keep = {k: getattr(self.learn, k) for k in ('n_epoch', 'epoch')}
+            with self.learn.no_logging(): self.learn.lr_find(num_it=3, show_plot=False)
+            for k, v in keep.items(): setattr(self.learn, k, v)
+    loss = CrossEntropyLossFlat()
+    learn = make_learner('index', loss, [LabelSmoothing(.1), MixUp(), Look(), Finder()])
+    fit(learn, 2)
+    learn.remove_cb(Finder)
+    weights = [p.detach().clone() for p in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=3, show_plot=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights, learn.model.parameters()))
     check_unharmed(learn, loss)
