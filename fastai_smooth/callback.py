@@ -255,7 +255,26 @@ def settings_of(loss):
     inner = getattr(loss, 'func', loss)
     return (*(getattr(inner, n, None) for n in ('weight', 'pos_weight', 'ignore_index')), getattr(loss, 'axis', None))
 
-# %% ../nbs/04_callback.ipynb #613fedf8
+# %% ../nbs/04_callback.ipynb #3f9f2793
+class _Carried:
+    "Puts the state of distributions into the state dict of a model, and takes it out again"
+    key = 'fastai_smooth'
+    def __init__(self, dists, model):
+        self.dists,self.model = dists,model
+        self.handles = model.register_state_dict_post_hook(partial(save_state, dists)),model.register_load_state_dict_pre_hook(partial(load_state, dists))
+
+    def take_away(self):
+        for handle in self.handles: handle.remove()
+
+def save_state(dists, module, state_dict, prefix, local_metadata):
+    if prefix: return # the model is a part of another one
+    local_metadata[_Carried.key] = {f'{t}.{name}': v.detach().clone() for t, dist in dists.items() for name, v in dist.memory().items()}
+
+def load_state(dists, module, state_dict, prefix, local_metadata, *args):
+    state = local_metadata.get(_Carried.key, {}) if not prefix else {}
+    for t, dist in dists.items(): dist.remember({k.removeprefix(f'{t}.'): v for k, v in state.items() if k.startswith(f'{t}.')})
+
+# %% ../nbs/04_callback.ipynb #b218d7bf
 class LabelSmoothing(TrainingPassCallback):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and put back before, every other callback looks at them
@@ -285,7 +304,15 @@ class LabelSmoothing(TrainingPassCallback):
             if convention is not None: check_choice(convention, {*SOFTMAX_CONVENTIONS, *BINARY_CONVENTIONS}, 'convention')
             check_dist(self.setting('dist', t), convention or 'uniform')
 
+    @property
+    def learn(self): return self.__dict__.get('_learn')
+    @learn.setter
+    def learn(self, value):
+        self.__dict__['_learn'] = value
+        self.carry_state()
+
     _stateattrs = ('_pass', 'log')
+    _carried = None # what makes checkpoints carry the state of the distributions
     _pass = None # the `_TrainingLoss` of the training pass that is running
     log = () # the scheduled strength of each batch of the last fit
 
@@ -323,18 +350,37 @@ class LabelSmoothing(TrainingPassCallback):
         if 1 < len(ax.lines) <= 12: ax.legend()
         return ax
 
+    def dists(self)->dict: # Targets to distributions
+        "The distributions of the targets that have one"
+        return {t: d for t in self.targets if (d := self.setting('dist', t)) is not None}
+
+    def carry_state(self):
+        "See to it that checkpoints of the learner's model carry what the distributions have learned, and no other model's do"
+        model,dists,carried = getattr(self.learn, 'model', None),{t: d for t, d in self.dists().items() if d.memory()},self._carried
+        if carried is not None and model is carried.model and dists == carried.dists: return
+        if carried is not None: carried.take_away()
+        self._carried = _Carried(dists, model) if model is not None and dists else None
+
     # -- the training pass
     @contextmanager
     def around_train(self, learn):
         outer,old = self._pass,learn.loss_func
         self._pass = learn.loss_func = self.training_loss(learn)
-        if learn.epoch == 0 and outer is None: self.log = []
-        try: yield
+        if learn.train_iter == 0: self.log = [] # a new fit
+        try:
+            yield
+            for dist in self.dists().values(): dist.next_epoch()
+        except BaseException:
+            for dist in self.dists().values(): dist.forget()
+            raise
         finally:
             learn.loss_func = old
             self.put_back()
             self._pass = outer
             if self.log: self.show_log(learn)
+            for cb in learn.cbs: # fastai's mixers keep the last targets: an export has no use for ours
+                for mixer in getattr(cb, 'mixers', [cb]):
+                    if any(map(is_mixed, mixer.__dict__.get('yb1') or ())): del mixer.yb1
 
     def show_log(self, learn):
         "Put the strengths beside the learning rates that the Recorder's `plot_sched` draws"
@@ -360,6 +406,8 @@ class LabelSmoothing(TrainingPassCallback):
                 if mixers: raise ValueError(f"{mixers[0]!r} needs to know how many classes there are, and neither the loss nor the DataLoaders tell: "
                                             "pass n_classes to LabelSmoothing.")
             elif dist is not None and head.smooth: dist.check_classes(head.n_classes)
+            if dist is not None: dist.to(learn.dls.device)
+        self.carry_state() # the model may be another one by now
         return loss
 
     def prepare(self,
@@ -507,6 +555,7 @@ class LabelSmoothing(TrainingPassCallback):
         "Give the loss of a target this moment's strength; smooth the target itself if the loss has none"
         part,t,eps = head.part,head.target,self.current_eps(head.target)
         dist,convention = self.setting('dist', t),self.setting('convention', t)
+        if dist is not None: dist.progress(min((self.learn or self._pass.learn).pct_train, 1.))
         if t == self.targets[0] and callable(self.setting('eps', t)): self.log.append(eps if isinstance(eps, float) else eps.mean().item())
         if isinstance(part, LabelSmoothingBCE): y,part.convention = self.binary_form(head, y, pred, convention)
         elif not isinstance(part, SmoothingLoss):
@@ -538,7 +587,17 @@ class LabelSmoothing(TrainingPassCallback):
     def put_back(self):
         if self._pass is not None: self._pass.put_back()
 
-    def after_loss(self): self.put_back()
+    def after_loss(self):
+        loss,dists = self._pass,self.dists()
+        if dists and loss is not None and loss.given is not None:
+            pred = self.learn.pred
+            for head in loss.heads:
+                if not head.smooth or head.target not in dists: continue
+                z,y = pred[head.target] if isinstance(loss.soft, MultiTargetLoss) else pred,head.index
+                axis = self.axis_of(head)
+                if y.ndim == z.ndim and not y.is_floating_point(): y = y.squeeze(axis)
+                dists[head.target].update(z, y, axis)
+        self.put_back()
     def after_cancel_batch(self): self.put_back()
     def after_batch(self): self.put_back()
     def after_cancel_train(self): self.put_back()
