@@ -10,6 +10,7 @@ __all__ = ['soft_loss', 'TrainingPassCallback', 'LabelSmoothing', 'OneOf', 'CutM
 # %% ../nbs/04_callback.ipynb #8f9b41b4
 from contextlib import contextmanager
 from functools import partial, singledispatch
+from numbers import Integral
 from types import BuiltinFunctionType, FunctionType
 
 import torch
@@ -72,7 +73,11 @@ def copy_module(module):
 def _(loss:EachClass): return EachClass(loss.loss, loss.axis, loss.ignore_index)
 
 @soft_loss.register
-def _(loss:MultiTargetLoss): return MultiTargetLoss(*map(soft_loss, loss.losses), weights=loss.weights)
+def _(loss:MultiTargetLoss):
+    def soft_or_itself(part): # a head that is not smoothed needs no counterpart
+        try: return soft_loss(part)
+        except TypeError: return part
+    return MultiTargetLoss(*map(soft_or_itself, loss.losses), weights=loss.weights)
 
 @soft_loss.register
 def _(loss:nn.CrossEntropyLoss):
@@ -214,7 +219,7 @@ class _TrainingLoss:
     def refresh(self):
         "Follow a change that somebody made to the user's loss in the middle of the pass, such as new class weights"
         now = settings_of(self.user)
-        if any(a is not b for a, b in zip(now, self.settings)):
+        if len(now) != len(self.settings) or any(a is not b for a, b in zip(now, self.settings)):
             self.soft,self.settings = self.callback.prepare(self.user),now
             for head, new in zip(self.heads, self.callback.heads_of(self.soft)): head.part = new.part
         now = getattr(self.user, 'reduction', None)
@@ -250,10 +255,21 @@ class _Head:
     @property
     def axis(self): return getattr(self.part, 'axis', 1)
 
+def inner_losses(loss):
+    "A loss and the losses inside it: fastai's wrap one, ours are made of several"
+    inside = [getattr(loss, n) for n in ('func', 'loss') if callable(getattr(loss, n, None))]
+    inside += getattr(loss, 'losses', ())
+    return [loss, *(i for part in inside for i in inner_losses(part))]
+
 def settings_of(loss):
     "What the counterpart of a loss was made from, to notice a change"
-    inner = getattr(loss, 'func', loss)
-    return (*(getattr(inner, n, None) for n in ('weight', 'pos_weight', 'ignore_index')), getattr(loss, 'axis', None))
+    return [v for part in inner_losses(loss) for d in (getattr(part, '__dict__', {}), getattr(part, '_buffers', {})) for n, v in d.items()
+            if n not in ('reduction', '_reduction', 'training')]
+
+def strength_of(loss):
+    "The settable smoothing strength of a loss, or None. What is smaller than 1e-4 and not 0 guards a division"
+    eps = getattr(loss, 'eps', None)
+    return None if isinstance(eps, float) and 0 < eps < 1e-4 else eps
 
 # %% ../nbs/04_callback.ipynb #3f9f2793
 class _Carried:
@@ -275,6 +291,15 @@ def load_state(dists, module, state_dict, prefix, local_metadata, *args):
     for t, dist in dists.items(): dist.remember({k.removeprefix(f'{t}.'): v for k, v in state.items() if k.startswith(f'{t}.')})
 
 # %% ../nbs/04_callback.ipynb #b218d7bf
+def validates_on_dense(dls):
+    "Whether the validation set is known to have dense targets, too"
+    loaders = getattr(dls, 'loaders', ())
+    if len(loaders) < 2 or not len(loaders[1]): return False
+    try: y = loaders[1].dataset[0][-1]
+    except Exception: return False # a data set that has no items by number
+    return isinstance(y, Tensor) and y.is_floating_point() and y.ndim > 0
+
+# %% ../nbs/04_callback.ipynb #aed31cf7
 class LabelSmoothing(TrainingPassCallback):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and put back before, every other callback looks at them
@@ -291,8 +316,8 @@ class LabelSmoothing(TrainingPassCallback):
     ):
         self.eps,self.dist,self.n_classes,self.axis = eps,dist,n_classes,axis
         self.convention,self.target,self.negative = convention,target,negative
-        self.targets = (target,) if isinstance(target, int) else tuple(target)
-        if not self.targets or len(set(self.targets)) < len(self.targets) or not all(type(t) is int for t in self.targets):
+        self.targets = (int(target),) if isinstance(target, Integral) else tuple(target)
+        if not self.targets or len(set(self.targets)) < len(self.targets) or not all(isinstance(t, Integral) and t is not True for t in self.targets):
             raise ValueError(f"target must be a position, or several different ones, but got {target!r}.")
         for name in ('eps', 'dist', 'n_classes', 'axis', 'convention'):
             value = getattr(self, name)
@@ -314,7 +339,7 @@ class LabelSmoothing(TrainingPassCallback):
     _stateattrs = ('_pass', 'log')
     _carried = None # what makes checkpoints carry the state of the distributions
     _pass = None # the `_TrainingLoss` of the training pass that is running
-    log = () # the scheduled strength of each batch of the last fit
+    log = () # the strength (its mean over the classes) of each batch of the last fit, where a schedule says it
 
     def setting(self, name, target):
         "A setting of this callback for one of the targets"
@@ -415,8 +440,10 @@ class LabelSmoothing(TrainingPassCallback):
     ): # Its counterpart for dense targets, with the settings of this callback
         "Make the loss that is trained with. A combination that has no meaning: ValueError"
         soft = soft_loss(user)
-        for head in self.heads_of(soft):
-            if head.smooth: self.configure(head, user)
+        for i, head in enumerate(self.heads_of(soft)):
+            if not head.smooth: continue
+            if isinstance(user, MultiTargetLoss): soft_loss(user.losses[i]) # a TypeError for one that cannot be smoothed
+            self.configure(head, user)
         return soft
 
     def heads_of(self,
@@ -432,6 +459,7 @@ class LabelSmoothing(TrainingPassCallback):
         wrong = [t for t in self.targets if not -n <= t < n]
         if wrong: raise ValueError(f"target={wrong[0]} asks for a loss that {soft!r} does not have: there are {n}.")
         names = {t % n: t for t in self.targets}
+        if len(names) < len(self.targets): raise ValueError(f"target={self.target} names one of the {n} targets twice.")
         return [_Head(names.get(i, i), part, i in names, self.is_binary(part, names.get(i, i))) for i, part in enumerate(soft.losses)]
 
     def is_binary(self, soft, target):
@@ -446,7 +474,8 @@ class LabelSmoothing(TrainingPassCallback):
         "Give the loss of a target the settings of this callback. A combination that has no meaning: ValueError"
         soft,name,t = head.part,type(user).__name__,head.target
         leaves = soft.leaves() if isinstance(soft, SmoothingLoss) else [soft]
-        strengths = [getattr(leaf, n, None) for leaf in leaves for n in ('eps', 'eps_pos', 'eps_neg')]
+        own_losses = [i for leaf in leaves for i in inner_losses(leaf)]
+        strengths = [strength_of(i) for i in own_losses] + [getattr(i, n, None) for i in own_losses for n in ('eps_pos', 'eps_neg', 'label_smoothing')]
         own = [e for e in strengths if e is not None and (isinstance(e, Tensor) or e != 0)]
         if own: raise ValueError(f"The loss {user!r} already smooths (eps={own[0]}), and so does {self!r}: remove the callback, or use a loss "
                                  "that doesn't smooth.")
@@ -476,7 +505,7 @@ class LabelSmoothing(TrainingPassCallback):
             raise ValueError(f"n_classes={given}, but the loss has weights for {weighted} classes.")
         if given or weighted: return given or weighted
         c = get_c(learn.dls)
-        if isinstance(c, int): return c or None
+        if isinstance(c, Integral): return int(c) or None
         try: return int(c[head.target]) or None # one number per target
         except (TypeError, IndexError, ValueError): return None
 
@@ -498,7 +527,7 @@ class LabelSmoothing(TrainingPassCallback):
         head:_Head, # Which of the targets it is
     ): # Mixed target for indices, dense target for binary labels, `y` itself for dense targets and where the classes are unknown
         "Give a target the form in which mixers can blend it"
-        if not isinstance(y, Tensor) or y.is_floating_point(): return y
+        if not isinstance(y, Tensor) or y.is_floating_point() or not (head.smooth or isinstance(head.part, SmoothingLoss)): return y
         y,n = plain(y),head.n_classes
         if head.binary or getattr(head.part, 'takes_multi_hot', False):
             indices = n is not None and n > 1 and y.dtype is not torch.bool and (y.ndim == 1 or y.shape[-1] == 1)
@@ -528,7 +557,9 @@ class LabelSmoothing(TrainingPassCallback):
             i = head.target % len(yb)
             # nothing was mixed: the loss takes the data loader's target
             y = head.index if yb[i] is head.encoded else yb[i]
-            yb[i] = self.smoothed(head, y, pred[i] if several else pred) if head.smooth else y
+            own = pred[i] if several else pred
+            if head.smooth: yb[i] = self.smoothed(head, y, own)
+            else: yb[i] = y if y is head.index or isinstance(head.part, SmoothingLoss) else self.dense(y, own, head)
             needs_inputs |= isinstance(head.part, SmoothingLoss) and any(getattr(leaf, 'dist', None) is not None for leaf in head.part.leaves())
         if needs_inputs:
             xb = loss.learn.xb
@@ -539,8 +570,7 @@ class LabelSmoothing(TrainingPassCallback):
         "Once per pass: raise a ValueError if the data loader gives dense targets that the user's loss could not be validated on"
         loss.checked = True
         dense = [h for h in loss.heads if isinstance(h.index, Tensor) and h.index.is_floating_point() and not h.binary]
-        loaders = getattr(loss.learn.dls, 'loaders', ())
-        if not dense or loss.given is None or len(loaders) < 2 or not len(loaders[1]): return
+        if not dense or loss.given is None or not validates_on_dense(loss.learn.dls): return
         try:
             with torch.no_grad(): loss.user(pred, *loss.given)
         except Exception as e:
@@ -556,11 +586,10 @@ class LabelSmoothing(TrainingPassCallback):
         part,t,eps = head.part,head.target,self.current_eps(head.target)
         dist,convention = self.setting('dist', t),self.setting('convention', t)
         if dist is not None: dist.progress(min((self.learn or self._pass.learn).pct_train, 1.))
-        if t == self.targets[0] and callable(self.setting('eps', t)): self.log.append(eps if isinstance(eps, float) else eps.mean().item())
         if isinstance(part, LabelSmoothingBCE): y,part.convention = self.binary_form(head, y, pred, convention)
         elif not isinstance(part, SmoothingLoss):
             y = self.dense(y, pred, head)
-            if hasattr(part, 'eps') and len(self.targets) == 1 and dist is None and convention is None: part.eps = eps
+            if strength_of(part) is not None and len(self.targets) == 1 and dist is None and convention is None: part.eps = eps
             elif head.binary: return smooth_binary(y, eps, convention or 'half')
             else: return spread(y, eps, self.axis_of(head), dist, convention or 'uniform')
         if isinstance(part, SmoothingLoss): part.eps = eps
@@ -589,6 +618,10 @@ class LabelSmoothing(TrainingPassCallback):
 
     def after_loss(self):
         loss,dists = self._pass,self.dists()
+        scheduled = next((t for t in self.targets if callable(self.setting('eps', t))), None)
+        if loss is not None and loss.given is not None and scheduled is not None:
+            eps = self.current_eps(scheduled)
+            self.log.append(eps if isinstance(eps, float) else eps.mean().item())
         if dists and loss is not None and loss.given is not None:
             pred = self.learn.pred
             for head in loss.heads:
@@ -684,14 +717,26 @@ def _paste(
     y, # Target (N, *): index, dense or mixed
     other, # The target that the box is taken from
     inside:Tensor, # (H, W), True in the box
+    axis:int, # Class dimension of dense targets
 ): # A new target of the same kind
     "Paste a box into a target that has the spatial size of the images"
     if isinstance(y, Tensor): y,other = plain(y),plain(other)
-    size = tuple(inside.shape)
-    if tuple(y.shape[-2:]) == size and len(y.shape) > 2: return torch.where(inside, other, y)
-    if tuple(y.shape[-3:-1]) == size: return torch.where(inside.unsqueeze(-1), other, y) # the classes last
+    size,n = tuple(inside.shape),len(y.shape)
+    if is_mixed(y): axis = y.axis
+    classes_last = (is_mixed(y) or (y.is_floating_point() and n == 4)) and axis % n == n-1 and tuple(y.shape[-3:-1]) == size
+    if tuple(y.shape[-2:]) == size and n > 2 and not classes_last: return torch.where(inside, other, y)
+    if tuple(y.shape[-3:-1]) == size: return torch.where(inside.unsqueeze(-1), other, y)
     raise ValueError(f"CutMixMask pastes boxes of images of {size} into masks, but got a target of shape {tuple(y.shape)}. "
                      "For labels of whole images use CutMix.")
+
+def image_sized(
+    x:Tensor, # An input
+    image:Tensor, # The first input
+    name:str, # How the message calls the mixer
+):
+    "Raise a ValueError for an input that a box of the images cannot be pasted into"
+    if image.ndim < 3 or x.shape[-2:] != image.shape[-2:] or x.ndim < 3:
+        raise ValueError(f"{name} pastes boxes into images (N, C, H, W) of one size, but got inputs of shape {tuple(image.shape)} and {tuple(x.shape)}.")
 
 # %% ../nbs/04_callback.ipynb #2330b1a7
 class CutMixMask(CutMix):
@@ -705,14 +750,19 @@ class CutMixMask(CutMix):
 
     def before_batch(self):
         "Paste the box. A target without the spatial size of the images: ValueError"
-        n,(h,w),device = len(self.x),self.x.shape[-2:],self.x.device
-        self.lam = self.distrib.sample((1,)).to(device)
+        image = self.learn.xb[0]
+        n,(h,w),device = len(image),image.shape[-2:],image.device
+        side = (1-self.distrib.sample()).sqrt()
         shuffle = torch.randperm(n).to(device)
-        x1,y1,x2,y2 = self.rand_bbox(w, h, self.lam)
-        rows,columns = torch.arange(h, device=device)[:,None],torch.arange(w, device=device)
-        inside = (rows >= y1) & (rows < y2) & (columns >= x1) & (columns < x2)
+        inside = torch.ones(h, w, dtype=torch.bool, device=device)
+        for d, length in enumerate((h, w)): # as fastai's CutMix cuts off what lies outside the image
+            place,centre,half = torch.arange(length, device=device),torch.randint(0, length, (1,)).item(),int((length*side).round())//2
+            cut = (place >= centre-half) & (place < centre+half)
+            inside &= cut if d else cut[:,None]
+        for x in self.learn.xb: image_sized(x, image, 'CutMixMask')
         self.learn.xb = tuple(torch.where(inside, x[shuffle], x) for x in self.learn.xb)
-        self.learn.yb = tuple(_paste(y, y[shuffle], inside) for y in self.learn.yb)
+        axis = getattr(self.learn.loss_func, 'axis', 1)
+        self.learn.yb = tuple(_paste(y, y[shuffle], inside, axis if isinstance(axis, int) else 1) for y in self.learn.yb)
         self.lam = 1 - inside.float().mean()
 
     def __repr__(self): return f'CutMixMask({self.distrib.concentration1.item():g})'
@@ -772,13 +822,14 @@ class TimmMix(MixHandler):
 
     def before_batch(self):
         "Mix each example with its mirror image. Images without height and width under CutMix: ValueError"
-        x,n = self.x,len(self.x)
+        x = self.learn.xb[0]
+        n = len(x)
         m = {'batch': 1, 'pair': n//2, 'elem': n}[self.mode]
         lam,cut = self.draw(m)
         cut &= lam < 1
         box = torch.zeros(m, 4, dtype=torch.long)
         if cut.any():
-            if x.ndim < 4: raise ValueError(f"CutMix needs images (N, C, H, W), but the input has the shape {tuple(x.shape)}.")
+            for other in self.learn.xb: image_sized(other, x, 'CutMix')
             h,w = x.shape[-2:]
             box[cut] = self.boxes(lam[cut], (h, w))
             if self.correct_lam or self.cutmix_minmax is not None:
@@ -797,6 +848,7 @@ class TimmMix(MixHandler):
 
     def mix(self, x, mirrored, lam, cut, box):
         "Blend, or paste the boxes, per example"
+        if not x.is_floating_point(): raise ValueError(f"TimmMix blends floating inputs, but one of shape {tuple(x.shape)} is {x.dtype}.")
         by_example = lambda t: t.view(-1, *[1]*(x.ndim-1))
         blended = torch.lerp(mirrored, x, by_example(torch.where(cut, 1., lam)).to(x.dtype))
         if not cut.any(): return blended

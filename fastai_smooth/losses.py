@@ -11,6 +11,7 @@ __all__ = ['LabelSmoothingCrossEntropyFlat', 'SmoothingLoss', 'LabelSmoothingCro
 
 # %% ../nbs/03_losses.ipynb #6696734f
 import inspect
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -317,7 +318,8 @@ class LabelRelaxation(SmoothingLoss):
         "Relaxed loss. Shapes or labels that do not fit: ValueError"
         axis,log_p = check_axis(pred, self.axis),in_single_precision(pred)
         log_p = log_p.log_softmax(axis)
-        alpha = torch.as_tensor(eps_along(self.eps, log_p, axis)).to(log_p).clamp(max=1-torch.finfo(log_p.dtype).eps) # 1 asks for nothing
+        alpha = torch.as_tensor(eps_along(self.eps, log_p, axis), dtype=log_p.dtype, device=log_p.device)
+        alpha = alpha.clamp(max=1-torch.finfo(log_p.dtype).eps) # 1 asks for nothing
         log_p = torch.minimum(log_p, (-alpha).log1p()) # from there on nothing is to be gained
         cost = (1-alpha)*((-alpha).log1p()-log_p) + torch.xlogy(alpha, alpha) - alpha*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny).log()
         return cross_entropy_of_log_probs(-cost, target, 0., axis, self.weight, 'class', self.ignore_index, self.reduction)
@@ -465,6 +467,19 @@ def check_weights(
     if not all(w >= 0 for w in weights): raise ValueError(f"weights must be at least 0, but got {weights}.")
     return weights
 
+def set_reductions(
+    owner, # Has `losses` and `_own`, their reductions while they are set to 'none'
+    value:str, # 'mean', 'sum' or 'none'
+):
+    "Set the reduction of several losses. fastai sets 'none' for a while and then the old value again: each loss gets back its own"
+    check_choice(value, REDUCTIONS, 'reduction')
+    losses = [loss for loss in owner.losses if hasattr(loss, 'reduction')]
+    now = [loss.reduction for loss in losses]
+    back = owner._own if owner._own and value == owner._own[0] else [value]*len(now)
+    if value == 'none': owner._own = owner._own if set(now) == {'none'} else now
+    else: owner._own = None
+    for loss, reduction in zip(losses, back): loss.reduction = reduction
+
 # %% ../nbs/03_losses.ipynb #8c4544ee
 class CombinedLoss(SmoothingLoss):
     "A weighted sum of losses that take the same predictions and targets"
@@ -481,14 +496,7 @@ class CombinedLoss(SmoothingLoss):
     @property
     def reduction(self)->str: return self.losses[0].reduction
     @reduction.setter
-    def reduction(self, value):
-        # fastai sets 'none' for a while and then the old value again: each part gets back its own
-        check_choice(value, REDUCTIONS, 'reduction')
-        now = [loss.reduction for loss in self.losses]
-        back = self._own if self._own and value == self._own[0] else [value]*len(now)
-        if value == 'none': self._own = self._own if set(now) == {'none'} else now
-        else: self._own = None
-        for loss, r in zip(self.losses, back): loss.reduction = r
+    def reduction(self, value): set_reductions(self, value)
 
     @property
     def axis(self)->int: return self.losses[0].axis
@@ -535,8 +543,11 @@ class MultiTargetLoss(nn.Module):
         super().__init__()
         if not losses: raise ValueError("MultiTargetLoss needs a loss for each head, such as MultiTargetLoss(CrossEntropyLossFlat(), MSELossFlat()).")
         for loss in losses:
-            if not callable(loss): raise TypeError(f"MultiTargetLoss takes losses, but got {loss!r}.")
-        self.losses,self.weights = list(losses),check_weights(weights, len(losses))
+            if not callable(loss) or isinstance(loss, (type, FunctionType, BuiltinFunctionType)):
+                raise TypeError(f"MultiTargetLoss takes loss objects, such as nn.L1Loss() for F.l1_loss, but got {loss!r}.")
+        self.losses,self.weights,self._own = list(losses),check_weights(weights, len(losses)),None
+        inner = [getattr(loss, 'func', loss) for loss in losses] # fastai's losses wrap a module
+        self.inner = nn.ModuleList(m for m in inner if isinstance(m, nn.Module)) # so that device, parameters and modes reach them
 
     def forward(self,
         preds, # Predictions, a sequence with one tensor per head
@@ -550,21 +561,14 @@ class MultiTargetLoss(nn.Module):
         res = 0.
         for w, loss, pred, target in zip(self.weights, self.losses, preds, targets):
             value = loss(pred, target, **({'inputs': inputs} if getattr(loss, 'dist', None) is not None else {}))
-            if value.ndim > 1: value = value.flatten(1).mean(1)
+            if value.ndim: value = value.reshape(len(pred), -1).mean(1)
             res = res + w*value
         return res
 
     @property
-    def reduction(self)->str: return self.losses[0].reduction
+    def reduction(self)->str: return next((loss.reduction for loss in self.losses if hasattr(loss, 'reduction')), 'mean')
     @reduction.setter
-    def reduction(self, value):
-        for loss in self.losses: loss.reduction = value
-
-    def _apply(self, fn, recurse=True):
-        for loss in self.losses:
-            inner = getattr(loss, 'func', loss) # fastai's losses wrap a module
-            if isinstance(inner, nn.Module): inner._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+    def reduction(self, value): set_reductions(self, value)
 
     def activation(self,
         preds # Predictions, one tensor per head
@@ -589,12 +593,13 @@ class EachClass(nn.Module):
     def __init__(self,
         loss, # A loss of index targets with a settable `reduction`, linear in the target
         axis:int=1, # Class dimension of predictions and dense targets
-        ignore_index:int|None=-100, # Index that has no mass in a mixed target
+        ignore_index:int|None=None, # Index that has no mass. None: that of the loss, or -100
     ):
         super().__init__()
         if not callable(loss): raise TypeError(f"EachClass takes a loss, but got {loss!r}.")
         if not hasattr(loss, 'reduction'):
             raise TypeError(f"EachClass needs the loss of each example, and {loss!r} has no `reduction` that could be set to 'none'.")
+        if ignore_index is None: ignore_index = getattr(getattr(loss, 'func', loss), 'ignore_index', -100)
         self.loss,self.axis,self.ignore_index = loss,axis,ignore_index
 
     def forward(self,
@@ -605,19 +610,22 @@ class EachClass(nn.Module):
         if not is_mixed(target) and not target.is_floating_point(): return self.loss(pred, target)
         axis = check_axis(pred, self.axis)
         q = dense_target(target, pred, axis, self.ignore_index)
-        old,value = self.loss.reduction,0.
+        weight = getattr(getattr(self.loss, 'func', self.loss), 'weight', None) # the values of the loss contain it, the mean has to divide by it
+        weight = weight.to(q) if isinstance(weight, Tensor) and weight.shape == q.shape[axis:axis+1] else q.new_ones(q.shape[axis])
+        old,value,known = self.loss.reduction,0.,0.
         try:
             self.loss.reduction = 'none'
             for k in range(q.shape[axis]):
                 share = q.select(axis, k)
-                if not share.any(): continue
+                if k == self.ignore_index or not share.any(): continue
                 each = self.loss(pred, torch.full(share.shape, k, device=q.device))
                 if each.numel() != share.numel():
                     raise ValueError(f"With reduction='none' {self.loss!r} gave the shape {tuple(each.shape)} for targets of shape {tuple(share.shape)}.")
-                value = value + share*each.view(share.shape)
+                value = value + share*each.view(share.shape).masked_fill(share == 0, 0.) # what is not asked for costs nothing, however impossible
+                known = known + share*weight[k]
         finally: self.loss.reduction = old
-        if not isinstance(value, Tensor): value = pred.sum(axis)*0. # no mass anywhere
-        return reduce(value, q.sum(axis), old)
+        if not isinstance(value, Tensor): value = known = pred.sum(axis)*0. # no mass anywhere
+        return reduce(value, known, old)
 
     @property
     def reduction(self)->str: return self.loss.reduction

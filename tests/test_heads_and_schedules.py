@@ -284,3 +284,96 @@ def test_dense_targets_without_validation_are_fine():
     learn.dls.loaders = learn.dls.loaders[:1]
     learn._do_epoch_validate = lambda *a, **k: None
     check_seen(fit(learn, 1), 'one_hot', .1)
+
+
+# -- what users' losses keep, and how they are looked into
+
+def test_reductions_of_the_heads_survive_losses_per_example():
+    parts = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction='sum'), BCEWithLogitsLossFlat()
+    learn = fit(heads_learner(MultiTargetLoss(*parts), [LabelSmoothing(.1)]), 1)
+    with learn.no_bar():
+        before = learn.validate()[0]
+        *_, losses = learn.get_preds(with_loss=True)
+        assert losses.shape == (24,) and [p.reduction for p in parts] == ['mean', 'sum', 'mean'] and learn.validate()[0] == before
+
+
+def test_a_regression_head_beside_a_smoothed_one():
+    loss = MultiTargetLoss(CrossEntropyLossFlat(), CrossEntropyLossFlat(), MSELossFlat())
+    learn = fit(heads_learner(loss, [LabelSmoothing(.2, target=(0, 1)), TimmMix(), LookAtHeads()]), 1)
+    for x, preds, seen, _ in learn.look_at_heads.seen:
+        a, b, _ = expected(x, preds, .2, .2, 0.)
+        np.testing.assert_allclose(seen, a+b+F.mse_loss(preds[2], x.mean((2, 3))[:, A+B:]).item(), rtol=2e-5)
+    with pytest.raises(TypeError, match='MSELoss is a loss that LabelSmoothing does not know'): fit(heads_learner(loss, [LabelSmoothing(.2, target=2)]), 1)
+    with pytest.raises(ValueError, match='twice'): fit(heads_learner(loss, [LabelSmoothing(.2, target=(2, -1))]), 1)
+    for bad in (F.l1_loss, nn.L1Loss):
+        with pytest.raises(TypeError, match='loss objects'): MultiTargetLoss(bad)
+    assert len(list(MultiTargetLoss(nn.Linear(2, 2)).parameters())) == 2
+
+
+@pytest.mark.parametrize('make', [lambda: EachClass(nn.CrossEntropyLoss(label_smoothing=.1)), lambda: EachClass(LabelSmoothingCrossEntropy(.2)),
+                                  lambda: EachClass(CrossEntropyLossFlat(label_smoothing=.1))])
+def test_smoothing_twice_is_seen_through_a_wrapper(make):
+    with pytest.raises(ValueError, match='already smooths'): fit(make_learner('index', make(), [LabelSmoothing(.1)]), 1)
+
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(torch.tensor([1., 2., 3., 10.])), nn.CrossEntropyLoss(ignore_index=2),
+                                  CrossEntropyLossFlat(weight=torch.tensor([1., 0., 3., 10.]), ignore_index=3)])
+def test_each_class_divides_as_the_loss_does(loss):
+    z, y = torch.randn(9, K), torch.arange(9) % K
+    each = EachClass(loss)
+    torch.testing.assert_close(each(z, to_dense(y, K)), each(z, y))
+    learn = fit(make_learner('index', each, [LabelSmoothing(0.), Look()]), 1)
+    for _, pred, seen, yb in learn.look.seen: np.testing.assert_allclose(seen, loss(pred, yb[0]).item(), rtol=1e-5)
+    hopeless = torch.tensor([[-torch.inf, 0., 1., 2.]])
+    assert EachClass(nn.CrossEntropyLoss())(hopeless, torch.tensor([[0., 1., 0., 0.]])).isfinite()
+
+
+@pytest.mark.parametrize('make, change', [
+    (lambda: MultiTargetLoss(nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), BCEWithLogitsLossFlat()), lambda loss: setattr(loss, 'weights', [1., 0., 2.])),
+    (lambda: MultiTargetLoss(nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), BCEWithLogitsLossFlat()),
+     lambda loss: setattr(loss.losses[0], 'weight', torch.tensor([1., 0., 3.])))])
+def test_changes_inside_a_loss_are_followed(make, change):
+    class Change(Callback):
+        run_valid = False
+        def before_batch(self):
+            if self.iter == 1: change(self.learn.loss_func)
+    learn = fit(heads_learner(make(), [LabelSmoothing(0.), Change(), LookAtHeads()]), 1)
+    changed = make()
+    change(changed)
+    for i, (_, preds, seen, yb) in enumerate(learn.look_at_heads.seen):
+        np.testing.assert_allclose(seen, (changed if i else make())(preds, *yb).item(), rtol=1e-5)
+
+
+class WithGuard(nn.Module):
+    "A registered loss whose eps guards a division"
+    eps = 1e-8
+    def forward(self, z, q): return -(q*(z.softmax(1)+self.eps).log()).sum(1).mean() if q.is_floating_point() else F.cross_entropy(z, q)
+
+
+def test_a_guard_called_eps_is_no_strength():
+    soft_loss.register(WithGuard, lambda loss: loss)
+    learn = fit(make_learner('index', WithGuard(), [LabelSmoothing(.2), MixUp(), Look()]), 1)
+    for x, pred, seen, _ in learn.look.seen: check_one(x, pred, seen, .2)
+
+
+def test_hard_labels_in_validation_are_fine():
+    "Dense labels in training only, such as those of another model"
+    dense, hard = make_learner('one_hot'), make_learner('index')
+    learn = make_learner('index', None, [LabelSmoothing(.1), Look()])
+    learn.dls.loaders = [dense.dls.train, hard.dls.valid]
+    check_seen(fit(learn, 1), 'index', .1)
+
+
+def test_numbers_of_numpy():
+    learn = make_learner('index', None, [LabelSmoothing(.2, target=np.int64(0)), MixUp(), Look()])
+    learn.dls.c = np.int64(K)
+    check_seen(fit(learn, 1), 'index', .2)
+
+
+def test_a_second_look_at_the_loss_is_not_a_second_batch():
+    class Again(Callback):
+        run_valid = False
+        def after_pred(self): self.learn.loss_func(self.learn.pred, *self.learn.yb)
+    learn = fit(heads_learner(MultiTargetLoss(CrossEntropyLossFlat(), CrossEntropyLossFlat(), BCEWithLogitsLossFlat()),
+                              [LabelSmoothing({0: .1, 1: SchedCos(.2, 0.)}, target=(0, 1)), Again()]), 1)
+    assert len(learn.recorder.hps['eps']) == 3 and learn.recorder.hps['eps'][0] == .2

@@ -211,3 +211,46 @@ def test_cutmix_of_vectors():
 
 @pytest.mark.parametrize('cb', [TimmMix(), TimmMix(.2, 1., (.1, .5), prob=.5, mode='pair', correct_lam=False), CutMixMask(.5)])
 def test_repr(cb): assert repr(eval(repr(cb))) == repr(cb)
+
+
+@pytest.mark.parametrize('form', ['mixed', 'dense'])
+def test_a_cube_of_classes_and_pixels(form):
+    "As many classes as rows and columns: the axis of the loss says where they are"
+    set_seed(5)
+    n = 8
+    y = torch.randint(0, n, (4, n, n))
+    x = torch.arange(4*n*n).view(4, 1, n, n).float()
+    cb = CutMixMask()
+    target = MixedTarget(y[:, None], torch.ones(4, 1), n, -1) if form == 'mixed' else to_dense(y, n, axis=-1)
+
+    class Learn: pass
+    learn = Learn()
+    learn.xb, learn.yb, learn.training, learn.loss_func = (x,), (target,), True, LabelSmoothingCrossEntropy(axis=-1)
+    cb.learn = learn
+    cb.before_train(), cb.before_batch()
+    source = learn.xb[0][:, 0].long().flatten()
+    assert (source != x[:, 0].long().flatten()).any()
+    ym = learn.yb[0]
+    torch.testing.assert_close(ym.dense() if form == 'mixed' else ym, to_dense(y.flatten()[source].view(4, n, n), n, axis=-1))
+
+
+def test_several_inputs():
+    x, y = one_hot_images()
+    other = 2*x
+
+    def run(cb, *xb):
+        class Learn: pass
+        learn = Learn()
+        learn.xb, learn.yb, learn.training, learn.loss_func = xb, (torch.eye(8),), True, lambda *a: None
+        cb.learn = learn
+        cb.before_train(), cb.before_batch()
+        return learn.xb
+    for alphas in ((1., 0.), (0., 1.)):
+        a, b = run(TimmMix(*alphas), x, other)
+        torch.testing.assert_close(b, 2*a)
+    vectors = torch.randn(8, 3)
+    a, b = run(TimmMix(), x, vectors)
+    assert b.shape == vectors.shape
+    with pytest.raises(ValueError, match='pastes boxes into images'): run(TimmMix(0., 1.), x, vectors)
+    with pytest.raises(ValueError, match='pastes boxes into images'): run(CutMixMask(), x, vectors)
+    with pytest.raises(ValueError, match='blends floating inputs'): run(TimmMix(), torch.randint(0, 5, (8, 3)), vectors)
