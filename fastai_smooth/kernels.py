@@ -267,10 +267,11 @@ def loss_of_block(z, index, c, mass, even, eps, scale, out, wanted):
         p.div_(norm)
         shift = norm.log_().neg_()
     else:
-        p = torch.softmax(z, 1, out=out)
         of_one = (lambda x: x[:,:1]) if index is None else (lambda x: x.gather(1, index[:,:1]))
+        chosen, every = terms(torch.sub(z, of_one(z), out=out)) # the buffer serves first this, then the softmax
+        p = torch.softmax(z, 1, out=out)
         shift = of_one(p)
-        if shift.amin().item() >= (1e-30 if z.dtype is torch.float32 else 1e-290): chosen, every, shift = *terms(z - of_one(z)), shift.log()
+        if shift.amin().item() >= (1e-30 if z.dtype is torch.float32 else 1e-290): shift = shift.log()
         else: (chosen, every), shift = terms(z.log_softmax(1)), None # an underflow, or nan
     total = (eps-1)*chosen - eps*every/k
     if shift is not None: total -= shift.sum().item() if c is None else inner(mass, shift)

@@ -82,12 +82,13 @@ def contenders(shape, axis, kind, ignored, compiled=False):
 def peak_bytes(f):
     "The most that one call of `f` has allocated at a time, as torch's profiler sees it"
     f()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f()
-    events = sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
-    now = peak = 0
-    for e in events:
-        now += e.nbytes()
-        peak = max(peak, now)
+    peak = 0
+    for _ in range(3): # the profiler loses events now and then
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f()
+        now = 0
+        for e in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+            now += e.nbytes()
+            peak = max(peak, now)
     return peak
 
 
