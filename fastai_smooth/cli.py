@@ -32,9 +32,11 @@ def _parser():
     p = commands.add_parser('compare', help="methods side by side over seeds, before and after temperature scaling",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('data', nargs='?', default='digits', metavar='DATA', help="data set: digits or mnist5k")
-    p.add_argument('--methods', type=_methods, default='ce,ls,mixup,mixup+ls', help="comma-separated: ce, or parts of ls, mixup, cutmix joined by +")
+    p.add_argument('--methods', type=_methods, default='ce,ls,mixup,mixup+ls',
+                   help="comma-separated: ce, or one of ls, prior, similarity, taxonomy, ols, zipf and any of mixup, cutmix, joined by +")
     p.add_argument('--eps', type=float, default=.1, help="smoothing strength of ls, in [0, 1]")
     p.add_argument('--noise', type=float, default=0., help="share of training labels to falsify, in [0, 1)")
+    p.add_argument('--pairs', default=None, help="which classes the false labels confuse, such as 4:9,9:4; None: any with any")
     p.add_argument('--epochs', type=int, default=None, help="passes over the training set; None: what suits the data")
     p.add_argument('--seeds', type=int, default=3, help="how many seeds")
     p.add_argument('--arch', default='convnet', help="convnet, or the name of a timm model")

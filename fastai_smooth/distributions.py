@@ -287,6 +287,17 @@ def training_labels(
     for i in range(len(ds)): yield ds[i][n_inp]
 
 # %% ../nbs/01_distributions.ipynb #577353df
+def through(
+    dist:Distribution, # With a matrix `transition`
+    target, # Dense or mixed target
+    axis:int, # Class dimension
+)->Tensor: # $qM$ along `axis`
+    "Send the mass of each class where its row of the matrix says"
+    q = dense_of(target)
+    dist.check_classes(q.shape[axis])
+    return (q.movedim(axis, -1) @ dist.transition.to(q)).movedim(-1, axis)
+
+# %% ../nbs/01_distributions.ipynb #97a43a79
 class Similarity(Distribution):
     "By a matrix of similarities: $u(q) = qM$, M row-stochastic"
     def __init__(self,
@@ -336,10 +347,7 @@ class Similarity(Distribution):
     @property
     def n_classes(self): return len(self.transition)
 
-    def forward(self, target, axis=1, logits=None, inputs=None):
-        q = dense_of(target)
-        self.check_classes(q.shape[axis])
-        return (q.movedim(axis, -1) @ self.transition.to(q)).movedim(-1, axis)
+    def forward(self, target, axis=1, logits=None, inputs=None): return through(self, target, axis)
 
     def matrix(self, n_classes):
         self.check_classes(n_classes)
@@ -524,10 +532,7 @@ class Online(Distribution):
 
     def memory(self): return {'transition': self.transition}
 
-    def forward(self, target, axis=1, logits=None, inputs=None):
-        q = dense_of(target)
-        self.check_classes(q.shape[axis])
-        return (q.movedim(axis, -1) @ self.transition.to(q)).movedim(-1, axis)
+    def forward(self, target, axis=1, logits=None, inputs=None): return through(self, target, axis)
 
     def matrix(self, n_classes):
         self.check_classes(n_classes)

@@ -44,24 +44,53 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from .callback import LabelSmoothing, OneOf
 from .data import EMBEDDED, array_dls, stratified_split
-from .noise import corrupt_labels
+from .distributions import ClassPrior, Online, Similarity, Taxonomy, Zipf
+from .noise import corrupt_labels, transition_matrix
 
 # %% ../nbs/08_recipes.ipynb #44a82017
-PARTS = {'ce': "cross entropy on the labels as they are", 'ls': "label smoothing with --eps", 'mixup': "MixUp", 'cutmix': "CutMix"}
+SMOOTH = {'ls': "to all classes alike", 'prior': "by class frequency", 'similarity': "to classes whose mean training image is similar",
+          'taxonomy': "by a tree: class names that are paths, such as animal/cat", 'ols': "online: by the model's own predictions",
+          'zipf': "by rank of the prediction"}
+PARTS = {'ce': "cross entropy on the labels as they are", **{k: f"label smoothing with --eps, {v}" for k, v in SMOOTH.items()},
+         'mixup': "MixUp", 'cutmix': "CutMix"}
+
+def smoothing_dist(
+    name:str, # One of `SMOOTH`
+    dls, # fastai `DataLoaders`
+): # A distribution, or None for the uniform one
+    "The distribution that a method smooths with, made from the training set. One that the data do not have: ValueError"
+    if name == 'ls': return None
+    vocab = [str(v) for v in dls.vocab]
+    if name == 'prior': return ClassPrior.from_dls(dls)
+    if name == 'ols': return Online(len(vocab))
+    if name == 'zipf': return Zipf()
+    if name == 'taxonomy':
+        flat = [v for v in vocab if '/' not in v]
+        if flat: raise ValueError(f"The method 'taxonomy' needs classes that are paths such as animal/cat, but there is {flat[0]!r}.")
+        return Taxonomy(vocab)
+    sums,counts = 0.,torch.zeros(len(vocab), dtype=torch.float64)
+    for x, y in dls.train.new(shuffle=False, drop_last=False):
+        which = torch.nn.functional.one_hot(y.as_subclass(torch.Tensor), len(vocab)).double().cpu()
+        sums,counts = sums + which.T @ x.as_subclass(torch.Tensor).flatten(1).double().cpu(),counts + which.sum(0)
+    means = sums/counts[:,None].clamp(min=1)
+    return Similarity.from_embeddings(means-means.mean(0), temperature=.3)
 
 # %% ../nbs/08_recipes.ipynb #f86e420e
 def method_callbacks(
-    method:str, # 'ce', or parts joined by '+': 'ls', 'mixup', 'mixup+ls', 'mixup+cutmix+ls', ...
-    eps:float=.1, # Smoothing strength of 'ls'
+    method:str, # 'ce', or parts joined by '+': 'ls', 'mixup', 'mixup+ls', 'mixup+cutmix+ls', 'ols', 'mixup+similarity', ...
+    eps:float=.1, # Smoothing strength
+    dls=None, # fastai `DataLoaders`, for the distributions that are made from the training set
 )->list: # Callbacks of the `Learner`
-    "The callbacks that make up a method. An unknown part: ValueError"
+    "The callbacks that make up a method. An unknown part, or more than one way to smooth: ValueError"
     parts = method.split('+')
     unknown = [p for p in parts if p not in PARTS]
-    if unknown or len(set(parts)) < len(parts) or ('ce' in parts and len(parts) > 1):
-        raise ValueError(f"Unknown method {method!r}: use 'ce', or a combination of 'ls', 'mixup' and 'cutmix' such as 'mixup+ls'.")
+    smoothing = [p for p in parts if p in SMOOTH]
+    if unknown or len(set(parts)) < len(parts) or ('ce' in parts and len(parts) > 1) or len(smoothing) > 1:
+        raise ValueError(f"Unknown method {method!r}: use 'ce', or one of {', '.join(map(repr, SMOOTH))} and any of 'mixup' and 'cutmix', such as 'mixup+ls'.")
     mixers = [cb() for name, cb in (('mixup', MixUp), ('cutmix', CutMix)) if name in parts]
-    if not mixers and 'ls' not in parts: return []
-    return [LabelSmoothing(eps if 'ls' in parts else 0.), *([OneOf(*mixers)] if len(mixers) > 1 else mixers)]
+    if not mixers and not smoothing: return []
+    dist = smoothing_dist(smoothing[0], dls) if smoothing and dls is not None else None
+    return [LabelSmoothing(eps if smoothing else 0., dist), *([OneOf(*mixers)] if len(mixers) > 1 else mixers)]
 
 # %% ../nbs/08_recipes.ipynb #0497a300
 def small_convnet(
@@ -162,13 +191,24 @@ def mean_ci(values):
     return dict(mean=float(values.mean()), ci95=ci)
 
 # %% ../nbs/08_recipes.ipynb #b554d560
+def parse_pairs(
+    text:str|None # Such as '4:9,9:4'
+)->dict|None: # {class: class that it is mistaken for}
+    "Read pairs of classes by number. What is no such list: ValueError"
+    if text is None: return None
+    try: pairs = {int(a): int(b) for a, b in (p.split(':') for p in text.split(','))}
+    except ValueError: raise ValueError(f"pairs must be class numbers such as 4:9,9:4, but got {text!r}.") from None
+    return pairs
+
+# %% ../nbs/08_recipes.ipynb #c07d2a2d
 @dataclass
 class Comparison:
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"
     data:str='digits' # Name of an embedded data set: 'digits' or 'mnist5k'
     methods:tuple=('ce', 'ls', 'mixup', 'mixup+ls') # See `method_callbacks`
     eps:float=.1 # Smoothing strength of 'ls', in [0, 1]
-    noise:float=0. # Share of training labels that are wrong (symmetric), in [0, 1)
+    noise:float=0. # Share of training labels that are wrong, in [0, 1)
+    pairs:str|None=None # Which classes the wrong labels confuse, such as '4:9,9:4'. None: any with any
     epochs:int|None=None # Passes over the training set. None: what suits the data
     seeds:int=3 # How many seeds
     arch:str='convnet' # 'convnet' or a timm model
@@ -187,6 +227,7 @@ class Comparison:
         if len(set(self.methods)) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
         if not 0 <= self.eps <= 1: raise ValueError(f"eps must lie in [0, 1], but got {self.eps}.")
         for m in self.methods: method_callbacks(m, self.eps)
+        self.confused = parse_pairs(self.pairs)
         if not 0 <= self.noise < 1: raise ValueError(f"noise must lie in [0, 1), but got {self.noise}.")
         if self.epochs is None: self.epochs = EPOCHS[self.data]
         for name, low in (('epochs', 1), ('seeds', 1), ('bs', 2), ('size', 8)):
@@ -197,6 +238,7 @@ class Comparison:
         try: train, valid = stratified_split(self.labels, self.valid_pct, 0)
         except ValueError as e: raise ValueError(f"valid_pct={self.valid_pct} does not split {len(self.labels)} images: {e}") from None
         self.n_train,self.n_valid = len(train),len(valid)
+        if self.confused: transition_matrix(self.noise, len(self.vocab), 'asymmetric', self.confused)
         if self.n_valid < 4*len(self.vocab):
             raise ValueError(f"valid_pct={self.valid_pct} leaves {self.n_valid} validation images for {len(self.vocab)} classes: use a larger share.")
         if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training images.")
@@ -216,7 +258,7 @@ class Comparison:
     # -- the folder
     @property
     def config(self): # What decides the figures of a run
-        return {k: getattr(self, k) for k in 'data eps noise epochs arch weights bs size valid_pct'.split()}
+        return {k: getattr(self, k) for k in 'data eps noise pairs epochs arch weights bs size valid_pct'.split()}
 
     def _check_out(self):
         self.out = Path(self.out)
@@ -277,10 +319,11 @@ class Comparison:
         set_seed(seed, reproducible=True)
         train, valid = stratified_split(self.labels, self.valid_pct, seed)
         labels = self.labels.copy()
-        if self.noise: labels[train] = corrupt_labels(labels[train], self.noise, n_classes=len(self.vocab), seed=seed)[0].numpy()
+        if self.noise: labels[train] = corrupt_labels(labels[train], self.noise, 'asymmetric' if self.confused else 'symmetric', len(self.vocab), seed,
+                                                       self.confused)[0].numpy()
         dls = array_dls(self.images, labels, self.vocab, (train, valid), self.bs, self.size)
         model = build_model(self.arch, 1, len(self.vocab), self.weights)
-        learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=method_callbacks(method, self.eps))
+        learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=method_callbacks(method, self.eps, dls))
         return learn.remove_cbs(ProgressCallback)
 
     def train(self,

@@ -12,6 +12,7 @@ import torch
 
 from fastai_smooth.callback import LabelSmoothing, OneOf
 from fastai_smooth.cli import main
+from fastai_smooth.data import digits
 from fastai_smooth.recipes import (
     METRICS,
     Comparison,
@@ -261,3 +262,36 @@ def test_installed_command(tmp_path):
 def test_module_runs_as_a_script():
     res = subprocess.run([sys.executable, '-m', 'fastai_smooth.cli', '--version'], capture_output=True, text=True)
     assert res.returncode == 0 and res.stdout.strip()
+
+
+# -- distributions as methods
+
+def test_methods_smooth_with_distributions_of_the_training_set():
+    dls = digits(valid_pct=.5)
+    made = {name: method_callbacks(name, .2, dls)[0].dist for name in ('ls', 'prior', 'similarity', 'ols', 'zipf')}
+    assert made['ls'] is None and [type(made[n]).__name__ for n in made][1:] == ['ClassPrior', 'Similarity', 'Online', 'Zipf']
+    counts = np.bincount([int(dls.train_ds[i][1]) for i in range(len(dls.train_ds))], minlength=10)
+    assert made['prior'].counts == counts.tolist() and made['ols'].n_classes == 10
+    x = np.stack([np.asarray(dls.train_ds[i][0]).ravel()/255 for i in range(len(dls.train_ds))])
+    y = np.array([int(dls.train_ds[i][1]) for i in range(len(dls.train_ds))])
+    means = np.stack([x[y == k].mean(0) for k in range(10)])
+    means -= means.mean(0)
+    unit = means/np.linalg.norm(means, axis=1, keepdims=True)
+    np.fill_diagonal(logits := unit@unit.T/.3, -np.inf)
+    expected = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(made['similarity'].matrix(10).numpy(), expected, atol=2e-3)
+    with pytest.raises(ValueError, match='needs classes that are paths'): method_callbacks('taxonomy', .2, dls)
+    dls.vocab[:] = [f'{"round" if v in "0689" else "straight"}/{v}' for v in map(str, dls.vocab)]
+    assert method_callbacks('mixup+taxonomy', .2, dls)[0].dist.n_classes == 10
+    with pytest.raises(ValueError, match='Unknown method'): method_callbacks('ls+ols')
+
+
+def test_confusable_noise(tmp_path):
+    one = Comparison('digits', ('ce',), noise=.5, pairs='4:9,9:4', epochs=1, seeds=1)
+    clean = Comparison('digits', ('ce',), epochs=1, seeds=1)
+    noisy, true = ([int(learn.dls.train_ds[i][1]) for i in range(1437)] for learn in (one.learner('ce', 0), clean.learner('ce', 0)))
+    changed = [(a, b) for a, b in zip(true, noisy) if a != b]
+    assert set(changed) == {(4, 9), (9, 4)} and 100 < len(changed) < 190
+    assert '--pairs' in one.arguments() and '--pairs' not in clean.arguments()
+    for bad in ('4-9', '4', 'a:b', '3:12'):
+        with pytest.raises(ValueError, match='pairs'): Comparison('digits', ('ce',), noise=.5, pairs=bad, epochs=1, seeds=1)
