@@ -61,3 +61,20 @@ def test_two_processes_are_one_with_both_batches(kind, mixers, tmp_path):
     for r in ranks:
         for p, last in zip(model.parameters(), r['last']): torch.testing.assert_close(p.detach(), last, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(ranks[0]['valid'][-1][1], ranks[1]['valid'][-1][1], rtol=1e-6)
+
+
+def test_online_smoothing_learns_from_both(tmp_path):
+    "The matrix after an epoch is that of all examples, the same on both processes, and the next epoch uses it"
+    ranks = launch(tmp_path, 'index', 'online')
+    assert [r['world'] for r in ranks] == [2, 2] and torch.equal(ranks[0]['matrix'], ranks[1]['matrix'])
+    matrix = np.full((4, 4), 1/4)
+    for epoch in (0, 1):
+        sums, counts = np.zeros((4, 4)), np.zeros(4)
+        for r in ranks:
+            for x, pred, loss, yb in r['seen'][3*epoch:3*epoch+3]:
+                np.testing.assert_allclose(loss, expected_loss(x, pred, 'index', EPS, matrix=matrix), rtol=2e-5)
+                for z, y in zip(pred.double(), yb[0].tolist()):
+                    if z.argmax() == y: sums[y], counts[y] = sums[y]+z.softmax(0).numpy(), counts[y]+1
+        matrix = np.array([s/c if c else np.full(4, 1/4) for s, c in zip(sums, counts)])
+    np.testing.assert_allclose(ranks[0]['matrix'], matrix, atol=1e-6)
+    assert abs(matrix-1/4).max() > .01

@@ -42,7 +42,7 @@ def test_layers(module):
     ours = {n[1:] for n in imports(module) if n.startswith('.') and n != '.'}
     assert ours <= LAYERS[module]
     if module in TORCH_ONLY:
-        allowed = {'torch', 'math', 'operator', 'numbers', 'inspect', 'collections'}
+        allowed = {'torch', 'math', 'operator', 'numbers', 'inspect', 'collections', 'types'}
         if module == 'distributions': allowed |= {'matplotlib', 'fastai', 'numpy'}  # inside `plot` and `from_dls`, whose users have them
         assert {n.split('.')[0] for n in imports(module) if not n.startswith('.')} <= allowed
 

@@ -5,7 +5,7 @@ import sys
 
 import fastai.distributed as fd
 import torch
-import torch.distributed as dist
+import torch.distributed as distributed
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.optimizer import SGD
@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from learners import Look, make_learner
 
 from fastai_smooth.callback import LabelSmoothing, OneOf, TimmMix
+from fastai_smooth.distributions import Online
 from fastai_smooth.losses import LabelSmoothingCrossEntropy
 
 EPS, LR = .2, .1
@@ -22,7 +23,7 @@ EPS, LR = .2, .1
 def _broadcast(self: fd.DistributedDL, t, rank):
     "fastai's asks for a GPU"
     t = torch.as_tensor(t)
-    dist.broadcast(t, rank)
+    distributed.broadcast(t, rank)
     return t.tolist()
 
 
@@ -36,18 +37,21 @@ class Weights(Callback):
 def main(out, kind, mixers):
     torch.set_num_threads(1)
     cbs = {'none': [], 'both': [MixUp(), CutMix()], 'oneof': [OneOf(MixUp(), CutMix(), p=[.5, .3])], 'timm': [TimmMix(.8, 1., mode='elem')],
-           'mixup': [MixUp()]}[mixers]
+           'mixup': [MixUp()], 'online': [MixUp()]}[mixers]
+    dist = Online(4) if mixers == 'online' else None
     loss = LabelSmoothingCrossEntropy(0., axis=1) if kind == 'one_hot' else None
-    learn = make_learner(kind, loss, [LabelSmoothing(EPS), *cbs, Look(), Weights()], bs=4, opt_func=SGD)
+    learn = make_learner(kind, loss, [LabelSmoothing(EPS, dist), *cbs, Look(), Weights()], bs=4, opt_func=SGD)
     loss = learn.loss_func
     with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
         torch.manual_seed(10+fd.rank_distrib()) # each process mixes its own way
         learn.fit(2, LR)
-    found = dict(world=dist.get_world_size(), rank=dist.get_rank(), seen=learn.look.seen, weights=learn.weights.seen, restored=learn.loss_func is loss,
-                 last=[p.detach() for p in learn.model.parameters()], valid=[list(v) for v in learn.recorder.values])
+    rank = distributed.get_rank()
+    found = dict(world=distributed.get_world_size(), rank=rank, seen=learn.look.seen, weights=learn.weights.seen, restored=learn.loss_func is loss,
+                 last=[p.detach() for p in learn.model.parameters()], valid=[list(v) for v in learn.recorder.values],
+                 matrix=None if dist is None else dist.matrix(4))
     found['seen'] = [(x, pred, loss, [torch.as_tensor(t) for t in yb]) for x, pred, loss, yb in found['seen']]
-    torch.save(found, f'{out}/rank{dist.get_rank()}.pt')
-    dist.destroy_process_group()
+    torch.save(found, f'{out}/rank{rank}.pt')
+    distributed.destroy_process_group()
 
 
 if __name__ == '__main__': main(*sys.argv[1:])
