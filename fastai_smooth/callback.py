@@ -20,11 +20,13 @@ from fastai.callback.mixup import CutMix, MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.transforms import get_c
 from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, DiceLoss, FocalLoss
+from fastai.torch_core import get_model
 from fastai.losses import LabelSmoothingCrossEntropy as FastaiLabelSmoothing
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.loss import LabelSmoothingCrossEntropy as TimmLabelSmoothing
 from torch import Tensor, nn
 
+from .distributions import Distribution
 from .losses import (EachClass, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingDice, LabelSmoothingFocal, LabelSmoothingNLL,
                                   MultiTargetLoss, SmoothingLoss)
 from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, MixedTarget, check_choice, check_dist, check_eps, is_mixed, plain,
@@ -277,10 +279,18 @@ class _Carried:
     key = 'fastai_smooth'
     def __init__(self, dists, model):
         self.dists,self.model = dists,model
-        self.handles = model.register_state_dict_post_hook(partial(save_state, dists)),model.register_load_state_dict_pre_hook(partial(load_state, dists))
+        self.handles = model.register_state_dict_post_hook(_Hook(save_state, dists)),model.register_load_state_dict_pre_hook(_Hook(load_state, dists))
+
+    def __deepcopy__(self, memo): return None # a copied callback makes its own
 
     def take_away(self):
         for handle in self.handles: handle.remove()
+
+class _Hook:
+    "A hook on a model; a copy of the model, such as a moving average of its weights, has none"
+    def __init__(self, f, dists): self.f,self.dists = f,dists
+    def __call__(self, *args): return self.f(self.dists, *args) if self.dists else None
+    def __deepcopy__(self, memo): return _Hook(self.f, {})
 
 def save_state(dists, module, state_dict, prefix, local_metadata):
     if prefix: return # the model is a part of another one
@@ -327,7 +337,9 @@ class LabelSmoothing(TrainingPassCallback):
             eps,convention = self.setting('eps', t),self.setting('convention', t)
             if not callable(eps): check_eps(eps, negative)
             if convention is not None: check_choice(convention, {*SOFTMAX_CONVENTIONS, *BINARY_CONVENTIONS}, 'convention')
-            check_dist(self.setting('dist', t), convention or 'uniform')
+            dist = self.setting('dist', t)
+            if dist is not None and not isinstance(dist, nn.Module): raise TypeError(f"dist must be a distribution such as Uniform(), but is {dist!r}.")
+            check_dist(dist, convention or 'uniform')
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -376,12 +388,24 @@ class LabelSmoothing(TrainingPassCallback):
         return ax
 
     def dists(self)->dict: # Targets to distributions
-        "The distributions of the targets that have one"
-        return {t: d for t in self.targets if (d := self.setting('dist', t)) is not None}
+        "The distributions of the targets that have one: of this callback, or of the learner's loss"
+        loss = getattr(self.learn, 'loss_func', None)
+        while isinstance(loss, _TrainingLoss): loss = loss.user
+        def held(t):
+            own = loss.losses[t] if isinstance(loss, MultiTargetLoss) and -len(loss.losses) <= t < len(loss.losses) else loss
+            leaves = own.leaves() if isinstance(own, SmoothingLoss) else []
+            return next((leaf.dist for leaf in leaves if getattr(leaf, 'dist', None) is not None), None)
+        found = {t: self.setting('dist', t) if self.setting('dist', t) is not None else held(t) for t in self.targets}
+        return {t: d for t, d in found.items() if isinstance(d, Distribution)}
+
+    def members(self)->list: # Distributions that are no sums of others
+        "What the distributions are made of, each once, however many targets share it"
+        return list({id(m): m for d in self.dists().values() for m in d.members()}.values())
 
     def carry_state(self):
         "See to it that checkpoints of the learner's model carry what the distributions have learned, and no other model's do"
         model,dists,carried = getattr(self.learn, 'model', None),{t: d for t, d in self.dists().items() if d.memory()},self._carried
+        model = get_model(model) # fastai saves what is inside DataParallel
         if carried is not None and model is carried.model and dists == carried.dists: return
         if carried is not None: carried.take_away()
         self._carried = _Carried(dists, model) if model is not None and dists else None
@@ -394,9 +418,9 @@ class LabelSmoothing(TrainingPassCallback):
         if learn.train_iter == 0: self.log = [] # a new fit
         try:
             yield
-            for dist in self.dists().values(): dist.next_epoch()
+            for dist in self.members(): dist.next_epoch()
         except BaseException:
-            for dist in self.dists().values(): dist.forget()
+            for dist in self.members(): dist.forget()
             raise
         finally:
             learn.loss_func = old
@@ -425,13 +449,14 @@ class LabelSmoothing(TrainingPassCallback):
         loss = _TrainingLoss(self, learn, user)
         for head in loss.heads:
             head.n_classes = self.find_classes(learn, head)
-            dist = self.setting('dist', head.target)
             if head.n_classes is None:
                 mixers = [cb for cb in learn.cbs if isinstance(cb, (MixHandler, OneOf))]
                 if mixers: raise ValueError(f"{mixers[0]!r} needs to know how many classes there are, and neither the loss nor the DataLoaders tell: "
                                             "pass n_classes to LabelSmoothing.")
-            elif dist is not None and head.smooth: dist.check_classes(head.n_classes)
-            if dist is not None: dist.to(learn.dls.device)
+            dist = self.dists().get(head.target) if head.smooth else None
+            if dist is None: continue
+            if head.n_classes is not None: dist.check_classes(head.n_classes)
+            dist.to(learn.dls.device)
         self.carry_state() # the model may be another one by now
         return loss
 
@@ -490,6 +515,8 @@ class LabelSmoothing(TrainingPassCallback):
                 value = self.setting(setting, t)
                 if value is None: continue
                 if not hasattr(leaf, setting): raise ValueError(f"{setting}={value!r} has no meaning for the loss {leaf!r}: leave it out.")
+                if setting == 'dist' and leaf.dist is not None and leaf.dist is not value:
+                    raise ValueError(f"The loss {leaf!r} has a distribution, and so has {self!r}: leave dist out of one of them.")
                 setattr(leaf, setting, value)
             leaf.negative = self.negative
             check_dist(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
@@ -585,7 +612,8 @@ class LabelSmoothing(TrainingPassCallback):
         "Give the loss of a target this moment's strength; smooth the target itself if the loss has none"
         part,t,eps = head.part,head.target,self.current_eps(head.target)
         dist,convention = self.setting('dist', t),self.setting('convention', t)
-        if dist is not None: dist.progress(min((self.learn or self._pass.learn).pct_train, 1.))
+        learn = self.learn or self._pass.learn
+        for d in self.dists().values(): d.progress(min(learn.pct_train, 1.))
         if isinstance(part, LabelSmoothingBCE): y,part.convention = self.binary_form(head, y, pred, convention)
         elif not isinstance(part, SmoothingLoss):
             y = self.dense(y, pred, head)
@@ -629,6 +657,8 @@ class LabelSmoothing(TrainingPassCallback):
                 z,y = pred[head.target] if isinstance(loss.soft, MultiTargetLoss) else pred,head.index
                 axis = self.axis_of(head)
                 if y.ndim == z.ndim and not y.is_floating_point(): y = y.squeeze(axis)
+                ignored = getattr(head.part, 'ignore_index', None)
+                if ignored is not None and not y.is_floating_point(): y = plain(y).masked_fill(plain(y) == ignored, -1) # teaches nothing
                 dists[head.target].update(z, y, axis)
         self.put_back()
     def after_cancel_batch(self): self.put_back()

@@ -45,6 +45,10 @@ class Distribution(nn.Module):
     n_classes = None # Number of classes that this distribution was made for; None: any
 
     # -- what learns
+    def members(self)->list: # Distributions that are no sums of others
+        "This distribution, or those that it is made of in the end, each once however often it occurs"
+        return [m for m in self.modules() if isinstance(m, Distribution) and not isinstance(m, (Mixture, Blend))]
+
     def update(self,
         logits:Tensor, # Predictions (N, K, *) of a training batch
         labels:Tensor, # Their labels (N, *)
@@ -106,9 +110,10 @@ class Distribution(nn.Module):
 # %% ../nbs/01_distributions.ipynb #4b235a9e
 def dense_of(
     target:Tensor, # Dense or mixed target
-)->Tensor: # The dense form
+    axis:int, # Class dimension that is asked for
+)->Tensor: # The dense form, with the classes there
     "The dense form of what a distribution is called with. Index targets: ValueError"
-    if is_mixed(target): return target.dense()
+    if is_mixed(target): return target.dense().movedim(target.axis, axis)
     if is_index(target):
         raise ValueError(f"A distribution takes a dense target, but got indices of shape {tuple(target.shape)}: use to_dense first.")
     return plain(target)
@@ -169,16 +174,16 @@ class Mixture(Distribution):
         return sum(w*part.matrix(n_classes) for w, part in zip(self.weights, self.parts))
 
     def update(self, logits, labels, axis=1):
-        for part in self.parts: part.update(logits, labels, axis)
+        for part in self.members(): part.update(logits, labels, axis)
     def next_epoch(self):
-        for part in self.parts: part.next_epoch()
+        for part in self.members(): part.next_epoch()
     def forget(self):
-        for part in self.parts: part.forget()
+        for part in self.members(): part.forget()
     def progress(self, share):
         for part in self.parts: part.progress(share)
     def memory(self): return {f'{i}.{name}': t for i, part in enumerate(self.parts) for name, t in part.memory().items()}
 
-    def __repr__(self): return ' + '.join(f'{w!r}*{part!r}' for w, part in zip(self.weights, self.parts))
+    def __repr__(self): return ' + '.join(f'{w!r}*({part!r})' if isinstance(part, Mixture) else f'{w!r}*{part!r}' for w, part in zip(self.weights, self.parts))
 
 class Blend(Distribution):
     "From one distribution to another over the training, as a schedule says"
@@ -188,6 +193,8 @@ class Blend(Distribution):
         schedule, # Weight of the second in [0, 1], called with the share of the training that is done: fastai's `SchedCos(0., 1.)` and friends
     ):
         super().__init__()
+        if not isinstance(first, Distribution) or not isinstance(second, Distribution) or not callable(schedule):
+            raise TypeError(f"Blend takes two distributions and a schedule that can be called, but got {first!r}, {second!r} and {schedule!r}.")
         self.first,self.second,self.schedule,self.share = first,second,schedule,0.
 
     def now(self)->Mixture: # The sum at this moment
@@ -201,9 +208,12 @@ class Blend(Distribution):
     def check_classes(self, n_classes): self.now().check_classes(n_classes)
     def forward(self, target, axis=1, logits=None, inputs=None): return self.now()(target, axis=axis, logits=logits, inputs=inputs)
     def matrix(self, n_classes): return self.now().matrix(n_classes)
-    def update(self, logits, labels, axis=1): self.now().update(logits, labels, axis)
-    def next_epoch(self): self.now().next_epoch()
-    def forget(self): self.now().forget()
+    def update(self, logits, labels, axis=1):
+        for part in self.members(): part.update(logits, labels, axis)
+    def next_epoch(self):
+        for part in self.members(): part.next_epoch()
+    def forget(self):
+        for part in self.members(): part.forget()
     def memory(self): return self.now().memory()
     def progress(self, share):
         self.share = share
@@ -214,7 +224,7 @@ class Blend(Distribution):
 class Uniform(Distribution):
     "All classes alike: $u(q)_k = m/K$. Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
     def forward(self, target, axis=1, logits=None, inputs=None):
-        q = dense_of(target)
+        q = dense_of(target, axis)
         return (q.sum(axis, keepdim=True)/q.shape[axis]).expand_as(q)
 
     def matrix(self, n_classes): return torch.full((n_classes, n_classes), 1/n_classes)
@@ -260,7 +270,7 @@ class ClassPrior(Distribution):
     def n_classes(self): return len(self.counts)
 
     def forward(self, target, axis=1, logits=None, inputs=None):
-        q = dense_of(target)
+        q = dense_of(target, axis)
         self.check_classes(q.shape[axis])
         return mass_times(q.sum(axis, keepdim=True), self.share, axis)
 
@@ -293,7 +303,7 @@ def through(
     axis:int, # Class dimension
 )->Tensor: # $qM$ along `axis`
     "Send the mass of each class where its row of the matrix says"
-    q = dense_of(target)
+    q = dense_of(target, axis)
     dist.check_classes(q.shape[axis])
     return (q.movedim(axis, -1) @ dist.transition.to(q)).movedim(-1, axis)
 
@@ -383,7 +393,9 @@ class Taxonomy(Distribution):
             missing = [n for n in names if n not in paths]
             if missing: raise ValueError(f"The taxonomy has no path for the class {missing[0]!r}.")
             paths = [paths[n] for n in names]
-        paths = [str(p).strip('/') for p in paths]
+        paths = list(paths)
+        for path in paths:
+            if not isinstance(path, str): raise TypeError(f"Each class needs a path such as 'animal/cat', but there is {path!r}.")
         if not (beta >= 0 and math.isfinite(beta)): raise ValueError(f"beta must be at least 0, but got {beta}.")
         if not paths: raise ValueError("A taxonomy needs at least one path.")
         chains = [tuple(part for part in p.split('/') if part) for p in paths]
@@ -450,7 +462,7 @@ class Taxonomy(Distribution):
         return out
 
     def forward(self, target, axis=1, logits=None, inputs=None):
-        q = dense_of(target)
+        q = dense_of(target, axis)
         self.check_classes(q.shape[axis])
         last = q.movedim(axis, -1)
         rows = last.reshape(-1, len(self.paths))/self.norm.to(last)
@@ -494,8 +506,9 @@ class Online(Distribution):
         if momentum is not None and not 0 <= momentum < 1: raise ValueError(f"momentum must lie in [0, 1), but got {momentum!r}.")
         self._n_classes,self.momentum = int(n_classes),momentum
         self.register_buffer('transition', torch.full((self._n_classes,)*2, 1/self._n_classes))
-        self.register_buffer('sums', torch.zeros(self._n_classes, self._n_classes), persistent=False)
-        self.register_buffer('counts', torch.zeros(self._n_classes), persistent=False)
+        # in double precision: masks and text have more rows than single precision can count
+        self.register_buffer('sums', torch.zeros(self._n_classes, self._n_classes, dtype=torch.float64), persistent=False)
+        self.register_buffer('counts', torch.zeros(self._n_classes, dtype=torch.float64), persistent=False)
 
     @property
     def n_classes(self): return self._n_classes
@@ -511,7 +524,7 @@ class Online(Distribution):
             p,labels = p.reshape(-1, self._n_classes).float().softmax(-1),labels.reshape(-1).long()
             if len(p) != len(labels): raise ValueError(f"Predictions of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}.")
             if self.sums.device != p.device: self.to(p.device)
-            right = p.argmax(-1) == labels # ignored labels are never right
+            right = (p.argmax(-1) == labels) & p.isfinite().all(-1) # ignored labels are never right
             self.sums.index_add_(0, labels[right], p[right].to(self.sums))
             self.counts.index_add_(0, labels[right], torch.ones_like(labels[right], dtype=self.counts.dtype))
 
@@ -521,7 +534,7 @@ class Online(Distribution):
             torch.distributed.all_reduce(self.counts)
         n = self.counts.unsqueeze(1)
         new = torch.where(n > 0, self.sums/n.clamp(min=1), 1/self._n_classes)
-        new /= new.sum(1, keepdim=True)
+        new = (new/new.sum(1, keepdim=True)).to(self.transition)
         if self.momentum is None: self.transition.copy_(new)
         else: self.transition.mul_(self.momentum).add_(new, alpha=1-self.momentum)
         self.forget()
@@ -557,7 +570,7 @@ class Zipf(Distribution):
         self.power = float(power)
 
     def forward(self, target, axis=1, logits=None, inputs=None):
-        q = dense_of(target)
+        q = dense_of(target, axis)
         logits_needed(self, logits, q)
         k = q.shape[axis]
         if k < 2: raise ValueError("Zipf needs at least 2 classes: with one there are no others.")
@@ -583,16 +596,18 @@ class Teacher(Distribution):
         temperature:float=1., # Above 0: the larger, the softer
     ):
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)): raise ValueError(f"temperature must be above 0, but got {temperature!r}.")
         model = model.model if not isinstance(model, nn.Module) and isinstance(getattr(model, 'model', None), nn.Module) else model
         if not isinstance(model, nn.Module): raise TypeError(f"Teacher takes an nn.Module or a Learner, but got {model!r}.")
         self.model = model
-        self.register_buffer('scale', torch.tensor(float(temperature)))
+        self.register_buffer('scale', torch.ones(()))
+        self.temperature = temperature
 
     @property
     def temperature(self)->float: return self.scale.item()
     @temperature.setter
-    def temperature(self, value): self.scale.fill_(value)
+    def temperature(self, value):
+        if not (value > 0 and math.isfinite(value)): raise ValueError(f"temperature must be above 0, but got {value!r}.")
+        self.scale.fill_(value)
 
     def memory(self): return {'temperature': self.scale}
 
@@ -608,7 +623,7 @@ class Teacher(Distribution):
             for m, training in modes: m.training = training
 
     def forward(self, target, axis=1, logits=None, inputs=None):
-        q = dense_of(target)
+        q = dense_of(target, axis)
         if inputs is None: raise ValueError(f"{self!r} needs `inputs`: use it with the callback, which passes on what the model was called with.")
         z = self.predict(inputs)
         if not isinstance(z, Tensor) or z.shape != q.shape:
@@ -638,12 +653,12 @@ class Spatial(Distribution):
     "By the labels of the neighbourhood: spatially varying label smoothing, Islam & Glocker 2021, https://arxiv.org/abs/2104.05788"
     def __init__(self,
         kernel_size:int=3, # Pixels, odd, at least 3
-        sigma:float=1., # Width of the Gaussian in pixels, above 0
+        sigma:float=1., # Width of the Gaussian in pixels, at least 0.2: below that no neighbour counts
     ):
         super().__init__()
         if isinstance(kernel_size, bool) or int(kernel_size) != kernel_size or kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be an odd number of at least 3, but got {kernel_size!r}.")
-        if not (sigma > 0 and math.isfinite(sigma)): raise ValueError(f"sigma must be above 0, but got {sigma!r}.")
+        if not (sigma >= .2 and math.isfinite(sigma)): raise ValueError(f"sigma must be at least 0.2, below which no neighbour counts, but got {sigma!r}.")
         self.kernel_size,self.sigma = int(kernel_size),float(sigma)
 
     def blur(self,
@@ -666,12 +681,13 @@ class Spatial(Distribution):
         return out.add_(x, alpha=(neighbours-1)/(2*neighbours))
 
     def forward(self, target, axis=1, logits=None, inputs=None):
-        q = dense_of(target)
+        q = dense_of(target, axis)
         if q.ndim not in (4, 5): raise ValueError(f"Spatial is for masks with 2 or 3 spatial dimensions, but got a target of shape {tuple(q.shape)}.")
-        first = q.movedim(axis, 1)
+        # the centre is taken out of the Gaussian again: what is left of a narrow one needs digits
+        first = q.movedim(axis, 1).to(torch.float64 if self.sigma < .5 else torch.promote_types(q.dtype, torch.float32))
         mass = first.sum(1, keepdim=True)
         u = self.blur(first)
         around = self.blur(mass)
-        return u.mul_(mass/torch.where(around > 0, around, 1.)).movedim(1, axis)
+        return u.mul_(mass/torch.where(around > 0, around, 1.)).movedim(1, axis).to(q.dtype)
 
     def __repr__(self): return f'Spatial({self.kernel_size}, {self.sigma})'

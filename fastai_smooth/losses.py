@@ -467,6 +467,12 @@ def check_weights(
     if not all(w >= 0 for w in weights): raise ValueError(f"weights must be at least 0, but got {weights}.")
     return weights
 
+def has_dist(
+    loss # Any loss
+)->bool: # True for one of ours that holds a distribution, or has a part that does
+    "Whether a loss asks for what the model was called with"
+    return isinstance(loss, SmoothingLoss) and any(getattr(leaf, 'dist', None) is not None for leaf in loss.leaves())
+
 def set_reductions(
     owner, # Has `losses` and `_own`, their reductions while they are set to 'none'
     value:str, # 'mean', 'sum' or 'none'
@@ -513,7 +519,7 @@ class CombinedLoss(SmoothingLoss):
         "The weighted sum. For reduction 'none' each part is averaged over what it has per example"
         res = 0.
         for w, loss in zip(self.weights, self.losses):
-            value = loss(pred, target, **(kwargs if getattr(loss, 'dist', None) is not None else {}))
+            value = loss(pred, target, **(kwargs if has_dist(loss) else {}))
             if loss.reduction == 'none' and value.ndim > 1: value = value.flatten(1).mean(1)
             res = res + w*value
         return res
@@ -560,7 +566,7 @@ class MultiTargetLoss(nn.Module):
             raise ValueError(f"There are {len(self.losses)} losses, but got {got} and {len(targets)} targets.")
         res = 0.
         for w, loss, pred, target in zip(self.weights, self.losses, preds, targets):
-            value = loss(pred, target, **({'inputs': inputs} if getattr(loss, 'dist', None) is not None else {}))
+            value = loss(pred, target, **({'inputs': inputs} if has_dist(loss) else {}))
             if value.ndim: value = value.reshape(len(pred), -1).mean(1)
             res = res + w*value
         return res

@@ -270,3 +270,102 @@ def test_another_number_of_classes_is_an_error_at_the_start():
     for dist in (Online(3), Taxonomy(['a', 'b', 'c']), .5*Uniform()+.5*Online(3)):
         with pytest.raises(ValueError, match='made for 3 classes, but there are 4'): fit(make_learner('index', None, [LabelSmoothing(.3, dist)]), 1)
     with pytest.raises(ValueError, match='must sum to 1'): fit(make_learner('index', None, [LabelSmoothing(.3, .5*Uniform())]), 1)
+
+
+# -- what a review found
+
+def test_one_that_occurs_twice_learns_once():
+    z, y = 3*torch.randn(30, K), torch.randint(0, K, (30,))
+    one, twice, blend = Online(K), Online(K), Online(K)
+    for d in (one, .5*twice+.5*twice, Blend(blend, .5*blend+.5*Uniform(), lambda p: p)): d.update(z, y), d.next_epoch()
+    assert torch.equal(one.matrix(K), twice.matrix(K)) and torch.equal(one.matrix(K), blend.matrix(K)) and (one.matrix(K) != 1/K).any()
+
+
+def test_more_rows_than_single_precision_counts():
+    dist, z = Online(2), torch.tensor([2., 0.]).expand(10**6, 2)
+    for _ in range(20): dist.update(z, torch.zeros(10**6).long())
+    dist.next_epoch()
+    torch.testing.assert_close(dist.matrix(2)[0], torch.tensor([2., 0.]).softmax(0))
+
+
+def test_predictions_without_bounds_teach_nothing():
+    dist = Online(3, momentum=.9)
+    dist.update(torch.tensor([[torch.inf, 0., 0.], [torch.nan, 0., 0.], [0., 3., 0.]]), torch.tensor([0, 0, 1]))
+    dist.next_epoch()
+    assert dist.matrix(3).isfinite().all() and torch.equal(dist.matrix(3)[0], torch.full((3,), 1/3))
+
+
+def test_state_is_carried_through_data_parallel(tmp_path):
+    from fastai.distributed import ParallelTrainer
+    dist = Online(K)
+    learn = make_learner('index', None, [LabelSmoothing(.5, dist), ParallelTrainer(None)])
+    learn.path = tmp_path
+    fit(learn, 2, .5)
+    learn.save('end')
+    fresh = Online(K)
+    other = make_learner('index', None, [LabelSmoothing(.5, fresh)])
+    other.path = tmp_path
+    other.load('end', with_opt=False)
+    assert torch.equal(fresh.matrix(K), dist.matrix(K)) and (fresh.matrix(K) != 1/K).any()
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=7, show_plot=False)
+    assert torch.equal(fresh.matrix(K), dist.matrix(K))
+
+
+def test_a_distribution_of_the_loss_learns_under_the_callback(tmp_path):
+    held = Online(K)
+    learn = make_learner('index', LabelSmoothingCrossEntropy(0., dist=held), [LabelSmoothing(.5), Watch(held)])
+    learn.path = tmp_path
+    fit(learn, 2, .5)
+    np.testing.assert_allclose(held.matrix(K), learned(learn.watch.seen[3:]), atol=1e-6)
+    blend = Blend(Uniform(), ClassPrior([1, 2, 3, 4]), lambda p: p)
+    fit(make_learner('index', LabelSmoothingCrossEntropy(0., dist=blend), [LabelSmoothing(.5)]), 1)
+    assert blend.share > .5
+    with pytest.raises(ValueError, match='leave dist out'):
+        fit(make_learner('index', LabelSmoothingCrossEntropy(0., dist=held), [LabelSmoothing(.5, Uniform())]), 1)
+
+
+def test_labels_that_the_loss_ignores_teach_nothing():
+    dist = Online(K)
+    learn = make_learner('index', CrossEntropyLossFlat(ignore_index=0), [LabelSmoothing(.5, dist)])
+    learn.model[1].bias.data[0] = 5.
+    fit(learn, 1)
+    assert torch.equal(dist.matrix(K)[0], torch.full((K,), 1/K))
+
+
+def test_a_copy_of_the_model_is_another_model():
+    dist = Online(K)
+    learn = make_learner('index', None, [LabelSmoothing(.5, dist)])
+    fit(learn, 1, .5)
+    average = copy.deepcopy(learn.model)
+    fit(learn, 1, .5)
+    now = dist.matrix(K)
+    learn.model.load_state_dict(average.state_dict())
+    assert torch.equal(dist.matrix(K), now)
+    again = copy.deepcopy(learn)
+    fit(again, 1, .5)
+    assert torch.equal(dist.matrix(K), now), "a copied learner learns for itself"
+
+
+def test_inputs_reach_a_teacher_in_a_part_of_the_loss():
+    from fastai_smooth.losses import CombinedLoss, LogitPenalty
+    teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(K*16, K)))
+    loss = CombinedLoss(LogitPenalty(LabelSmoothingCrossEntropy(0.)), LabelSmoothingCrossEntropy(0.))
+    fit(make_learner('index', loss, [LabelSmoothing(.5, teacher), MixUp()]), 1)
+
+
+def test_small_things():
+    from fastai_smooth.targets import MixedTarget
+    mixed = MixedTarget(torch.tensor([[[0, 1, 2, 2, 0]]]), torch.ones(1, 1, 1), 3, axis=-1)
+    torch.testing.assert_close(Uniform()(mixed, axis=1), torch.full((1, 3, 5), 1/3))
+    for bad in (['a', 'b'], ('a', 'b'), None, 3):
+        with pytest.raises(TypeError, match='needs a path'): Taxonomy([bad, 'c'])
+    with pytest.raises(ValueError, match='temperature'): Teacher(nn.Identity()).temperature = 0.
+    with pytest.raises(TypeError, match='dist must be a distribution'): LabelSmoothing(.1, Uniform)
+    with pytest.raises(TypeError, match='Blend takes'): Blend(Uniform(), Uniform(), .5)
+    q = torch.zeros(1, 2, 5, 5)
+    q[0, 0] = 1
+    q[0, :, 2, 2] = torch.tensor([0., 1.])
+    for sigma in (.2, .3, 1.):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            u = Spatial(3, sigma)(q.to(dtype))
+            assert u.dtype == dtype and (u[0, :, 2, 2].float()-.5).abs().max() < 1e-2 and (u.sum(1).float()-1).abs().max() < 1e-2

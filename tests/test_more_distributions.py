@@ -247,7 +247,7 @@ def spatial_loop(q, size, sigma):
     return out
 
 
-@pytest.mark.parametrize('size, sigma', [(3, 1.), (5, .7), (7, 2.)])
+@pytest.mark.parametrize('size, sigma', [(3, 1.), (5, .7), (7, 2.), (3, .2)])
 @pytest.mark.parametrize('shape', [(2, 3, 5, 4), (1, 2, 3, 4, 2), (1, 2, 1, 6)])
 def test_spatial_against_loop(shape, size, sigma):
     y = torch.randint(-1, shape[1], (shape[0], *shape[2:]))
@@ -268,7 +268,7 @@ def test_spatial_inside_an_area_changes_nothing():
     close(Spatial()(q), q)
 
 
-@pytest.mark.parametrize('args, words', [((2,), 'odd'), ((4,), 'odd'), ((1,), 'odd'), ((3, 0.), 'sigma'), ((3, math.inf), 'sigma')])
+@pytest.mark.parametrize('args, words', [((2,), 'odd'), ((4,), 'odd'), ((1,), 'odd'), ((3, .1), 'sigma'), ((3, math.inf), 'sigma')])
 def test_spatial_errors(args, words):
     with pytest.raises(ValueError, match=words): Spatial(*args)
     with pytest.raises(ValueError, match='2 or 3 spatial'): Spatial()(torch.rand(2, 3))

@@ -21,8 +21,8 @@ MODULES = sorted(p.stem for p in (ROOT/'fastai_smooth').glob('*.py') if not p.st
 # which module may import which of ours
 LAYERS = {
     'targets': set(), 'distributions': {'targets'}, 'kernels': set(), 'losses': {'targets', 'distributions', 'kernels'},
-    'callback': {'targets', 'distributions', 'kernels', 'losses'}, 'noise': {'targets'}, 'data': set(),
-    'recipes': {'targets', 'distributions', 'kernels', 'losses', 'callback', 'noise', 'data'}, 'cli': {'recipes'}}
+    'callback': {'targets', 'distributions', 'kernels', 'losses'}, 'noise': {'targets'}, 'data': set(), 'calibration': set(),
+    'recipes': {'calibration', 'targets', 'distributions', 'kernels', 'losses', 'callback', 'noise', 'data'}, 'cli': {'recipes'}}
 TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}
 
 

@@ -1,0 +1,223 @@
+"The metrics against loops, scikit-learn and torchmetrics, on single, soft and several labels and masks"
+import math
+
+import fastai.callback.progress  # noqa: F401  (gives the Learner `no_bar`)
+import numpy as np
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from sklearn.metrics import brier_score_loss, log_loss
+from timm.loss import BinaryCrossEntropy
+from torch import nn
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+from fastai_smooth.calibration import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE
+from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingNLL
+
+
+class Same(nn.Module):
+    "A model whose predictions are its inputs"
+    def __init__(self): super().__init__(); self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x): return x
+
+
+def values(z, y, metrics, loss=None, bs=7):
+    "What the metrics say in a learner whose model gives its input as predictions"
+    dl = torch.utils.data.DataLoader(list(zip(z, y)), batch_size=bs)
+    learn = Learner(DataLoaders(dl, dl), Same(), loss_func=loss or CrossEntropyLossFlat(), metrics=metrics)
+    with learn.no_bar(): return list(learn.validate())[1:]
+
+
+def softmax(z):
+    e = np.exp(np.asarray(z, dtype=np.float64)-np.max(np.asarray(z, dtype=np.float64), -1, keepdims=True))
+    return e/e.sum(-1, keepdims=True)
+
+
+def ece_loop(conf, right, n_bins=15, norm='l1'):
+    gaps, shares = [], []
+    for b in range(n_bins):
+        lo, hi = b/n_bins, (b+1)/n_bins
+        inside = [i for i, c in enumerate(conf) if lo <= c < hi or (b == n_bins-1 and c == 1)]
+        if inside:
+            gaps.append(abs(np.mean([conf[i] for i in inside])-np.mean([right[i] for i in inside])))
+            shares.append(len(inside)/len(conf))
+    return {'l1': np.dot(shares, gaps), 'l2': math.sqrt(np.dot(shares, np.square(gaps))), 'max': max(gaps)}[norm]
+
+
+def shared(scores, right):
+    return [np.mean([r for s2, r in zip(scores, right) if s2 == s]) for s in scores]
+
+
+def adaptive_loop(conf, right, n_bins=15):
+    right = shared(conf, right)
+    order = sorted(range(len(conf)), key=lambda i: conf[i])
+    total = 0.
+    for part in np.array_split(np.array(order), n_bins):
+        if len(part): total += len(part)*abs(np.mean([conf[i] for i in part])-np.mean([right[i] for i in part]))
+    return total/len(conf)
+
+
+def aurc_loop(score, right):
+    right = shared(score, right)
+    order = sorted(range(len(score)), key=lambda i: -score[i])
+    risks = [sum(1-right[i] for i in order[:n])/n for n in range(1, len(order)+1)]
+    return np.mean(risks)
+
+
+def example(n=60, k=4, seed=0, scale=3.):
+    torch.manual_seed(seed)
+    z = scale*torch.randn(n, k)
+    return z, torch.where(torch.rand(n) < .5, z.argmax(1), torch.randint(0, k, (n,)))
+
+
+ALL = [ECE, lambda: ECE(10, 'l2'), MCE, AdaptiveECE, ClasswiseECE, NLL, Brier, AURC, lambda: AURC('logit_norm'), lambda: AURC('logit_norm', 4)]
+
+
+def expected(z, q, bins=15):
+    "All of them in loops, for logits and rows of targets"
+    z, q = np.asarray(z, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    q = q/q.sum(1, keepdims=True)
+    p = softmax(z)
+    conf, right = p.max(1).tolist(), [float(row[g]) for row, g in zip(q, p.argmax(1))]
+    norm = lambda o: [float(r.max()/np.linalg.norm(r, o)) for r in z]
+    return [ece_loop(conf, right), ece_loop(conf, right, 10, 'l2'), ece_loop(conf, right, norm='max'), adaptive_loop(conf, right),
+            np.mean([ece_loop(p[:, k].tolist(), q[:, k].tolist()) for k in range(p.shape[1])]), -(q*np.log(p)).sum(1).mean(), ((p-q)**2).sum(1).mean(),
+            aurc_loop(conf, right), aurc_loop(norm(2), right), aurc_loop(norm(4), right)]
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_single_labels_against_loops(seed):
+    z, y = example(seed=seed)
+    got = values(z, y, [m() for m in ALL])
+    np.testing.assert_allclose(got, expected(z, torch.eye(4)[y]), atol=1e-9)
+    assert [m().name for m in ALL] == ['ece', 'ece', 'mce', 'adaptive_ece', 'classwise_ece', 'nll', 'brier', 'aurc', 'aurc_logit_norm', 'aurc_logit_norm']
+
+
+def test_single_labels_against_peers():
+    z, y = example(500)
+    got = values(z, y, [ECE(), ECE(norm='l2'), MCE(), NLL(), Brier()])
+    p = z.double().softmax(1)
+    theirs = [multiclass_calibration_error(p, y, 4, 15, n).item() for n in ('l1', 'l2', 'max')]
+    np.testing.assert_allclose(got[:3], theirs, atol=1e-6)
+    np.testing.assert_allclose(got[3:], [log_loss(y, p), brier_score_loss(y, p)], atol=1e-9)
+
+
+def test_soft_labels_against_loops():
+    z, _ = example()
+    q = torch.rand(60, 4)
+    q[7] = 0. # a row without mass says nothing
+    kept = [i for i in range(60) if i != 7]
+    np.testing.assert_allclose(values(z, q, [m() for m in ALL], LabelSmoothingCrossEntropy(0.)), expected(z[kept], q[kept]), atol=1e-6)
+
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(axis=1), nn.CrossEntropyLoss(ignore_index=255),
+                                  LabelSmoothingCrossEntropy(.1, axis=1, ignore_index=255)])
+def test_masks_leave_out_ignored_pixels(loss):
+    z, y = 3*torch.randn(6, 4, 5, 3), torch.randint(0, 4, (6, 5, 3))
+    y[:, 0] = 255 if getattr(loss, 'ignore_index', -100) == 255 else -100
+    rows, kept = z.movedim(1, -1).reshape(-1, 4), y.flatten() < 4
+    kept &= y.flatten() >= 0
+    np.testing.assert_allclose(values(z, y, [m() for m in ALL], loss, 2), expected(rows[kept], torch.eye(4)[y.flatten()[kept]]), atol=1e-9)
+
+
+@pytest.mark.parametrize('loss', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), LabelSmoothingBCE(.1), BinaryCrossEntropy(0.)])
+def test_several_labels(loss):
+    z, y = 2*torch.randn(50, 3), (torch.rand(50, 3) < .4).float()
+    if isinstance(loss, LabelSmoothingBCE): y[::7, 1] = math.nan
+    p = 1/(1+np.exp(-z.double().numpy()))
+    known = ~y.isnan().numpy()
+    conf, right = p[known].tolist(), y.double().numpy()[known].tolist()
+    got = values(z, y, [ECE(), MCE(), AdaptiveECE(), ClasswiseECE(), NLL(), Brier(), AURC()], loss)
+    sure, correct = [max(c, 1-c) for c in conf], [float((c > .5) == (r > .5)) for c, r in zip(conf, right)]
+    per_label = [ece_loop(p[known[:, k], k].tolist(), y.double().numpy()[known[:, k], k].tolist()) for k in range(3)]
+    nll = -np.mean([math.log(c if r else 1-c) for c, r in zip(conf, right)])
+    brier = np.mean([sum((p[i, k]-y[i, k].item())**2 for k in range(3) if known[i, k]) for i in range(50)])
+    np.testing.assert_allclose(got, [ece_loop(conf, right), ece_loop(conf, right, norm='max'), adaptive_loop(conf, right), np.mean(per_label), nll, brier,
+                                     aurc_loop(sure, correct)], atol=1e-9)
+    theirs = binary_calibration_error(torch.tensor(conf), torch.tensor(right).long(), 15).item()
+    np.testing.assert_allclose(got[0], theirs, atol=1e-6)
+    with pytest.raises(ValueError, match='exclusive classes'): values(z, y, [AURC('logit_norm')], loss)
+
+
+def test_confidences_of_zero_and_one_are_in_the_outermost_bins():
+    z = torch.tensor([[800., 0.], [0., 800.], [800., 0.]])
+    got = values(z, torch.tensor([0, 1, 1]), [ECE(), MCE(), ClasswiseECE(), NLL()])
+    np.testing.assert_allclose(got[:3], [1/3]*3, atol=1e-12)
+    assert math.isfinite(got[3]) and got[3] > 200
+
+
+def test_edges_belong_to_the_upper_bin():
+    p = torch.tensor([[.5, .5], [.6, .4], [.8, .2], [.7, .3]], dtype=torch.float64)
+    y = torch.tensor([0, 1, 0, 0])
+    got = values(p.log(), y, [ECE(10)], LabelSmoothingNLL(0.))[0]
+    np.testing.assert_allclose(got, ece_loop(p.max(1)[0].tolist(), [1., 0., 1., 1.], 10), atol=1e-9)
+
+
+def test_the_order_of_the_data_does_not_matter():
+    z = torch.tensor([[2., 0.]]*6+[[0., 1.]]*5)
+    y = torch.tensor([0, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0])
+    one = values(z, y, [AdaptiveECE(4), AURC(), AURC('logit_norm')])
+    for seed in range(4):
+        order = torch.randperm(11, generator=torch.Generator().manual_seed(seed))
+        np.testing.assert_allclose(values(z[order], y[order], [AdaptiveECE(4), AURC(), AURC('logit_norm')]), one, atol=1e-12)
+
+
+def test_batches_make_no_difference():
+    z, y = example(101)
+    one = values(z, y, [m() for m in ALL], bs=101)
+    for bs in (1, 10, 64): np.testing.assert_allclose(values(z, y, [m() for m in ALL], bs=bs), one, atol=1e-12)
+
+
+def test_zero_logits_have_no_norm():
+    assert values(torch.zeros(3, 4), torch.tensor([0, 1, 2]), [AURC('logit_norm')])[0] == pytest.approx(2/3)
+
+
+def test_nothing_to_score_and_nan_are_nan():
+    z, y = example(8)
+    assert all(math.isnan(v) for v in values(z, torch.full((8,), -100), [m() for m in ALL]))
+    z[3, 1] = math.nan
+    assert all(math.isnan(v) for v in values(z, y, [m() for m in ALL]))
+
+
+def test_fewer_examples_than_bins():
+    z, y = example(3)
+    np.testing.assert_allclose(values(z, y, [m() for m in ALL]), expected(z, torch.eye(4)[y]), atol=1e-9)
+
+
+def test_act_where_the_loss_does_not_say():
+    class Own(nn.Module):
+        def forward(self, pred, target): return nn.functional.cross_entropy(pred, target)
+    z, y = example()
+    for loss in (Own(), nn.functional.cross_entropy):
+        with pytest.raises(ValueError, match='pass act='): values(z, y, [ECE()], loss)
+    np.testing.assert_allclose(values(z, y, [ECE(act=lambda z: z.softmax(-1))], Own()), expected(z, torch.eye(4)[y])[:1])
+    q = (torch.rand(60, 4) < .5).float()
+    np.testing.assert_allclose(values(z, q, [NLL(act=torch.sigmoid)], lambda p, t: nn.functional.mse_loss(p, t)),
+                               nn.functional.binary_cross_entropy_with_logits(z.double(), q.double()).item(), rtol=1e-9)
+
+
+@pytest.mark.parametrize('make, words', [(lambda: ECE(0), 'n_bins'), (lambda: ECE(2.5), 'n_bins'), (lambda: AdaptiveECE(True), 'n_bins'),
+                                         (lambda: ECE(norm='l3'), 'norm'), (lambda: AURC('entropy'), 'score'), (lambda: AURC(p=0), 'p must')])
+def test_bad_arguments(make, words):
+    with pytest.raises(ValueError, match=words): make()
+
+
+def test_one_column_and_labels_out_of_range():
+    with pytest.raises(ValueError, match='one class'): values(torch.randn(4, 1), torch.zeros(4).long(), [ECE()])
+    with pytest.raises((ValueError, IndexError)): values(torch.randn(4, 3), torch.tensor([0, 1, 2, 3]), [ECE()])
+
+
+def test_masks_of_any_number_need_no_memory():
+    "Sums per bin only"
+    metric = ECE()
+    metric.reset()
+    learn = type('Learn', (), dict(to_detach=staticmethod(lambda t: t), loss_func=CrossEntropyLossFlat(axis=1)))()
+    sizes = []
+    for _ in range(3):
+        learn.pred, learn.y = torch.randn(1, 3, 64, 64), torch.randint(0, 3, (1, 64, 64))
+        metric.accumulate(learn)
+        sizes.append(sum(v.numel() for v in vars(metric).values() if isinstance(v, torch.Tensor)))
+    assert sizes == [45, 45, 45] and metric.n == 3*64*64
