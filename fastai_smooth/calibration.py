@@ -18,10 +18,20 @@ from torch import Tensor, nn
 # %% ../nbs/05_calibration.ipynb #0df31310
 BINARY = 'LabelSmoothingBCE', 'BCEWithLogitsLossFlat', 'BCEWithLogitsLoss', 'BCELossFlat', 'BCELoss', 'BinaryCrossEntropy'
 
+def users_loss(
+    loss # The loss of a learner, perhaps in the middle of training
+): # The loss that the user gave
+    "What a training pass has put around the loss, taken off again: our callbacks keep it as `user`, fastai's mixers as `old_lf`"
+    while True:
+        if 'user' in getattr(loss, '__dict__', {}): loss = loss.user
+        elif hasattr(getattr(loss, '__self__', None), 'old_lf'): loss = loss.__self__.old_lf
+        else: return loss
+
 def kind_of_loss(
     loss # A loss function or module
 )->tuple: # Activation in a function of (logits, axis) or None, class dimension, ignored index, whether each class is a question of its own
     "What a loss says about its predictions"
+    loss = users_loss(loss)
     func = getattr(loss, 'func', loss)
     names = {c.__name__ for c in (*type(loss).__mro__, *type(func).__mro__)}
     axis,ignore,binary = getattr(loss, 'axis', None),getattr(loss, 'ignore_index', getattr(func, 'ignore_index', -100)),bool(names & {*BINARY})
@@ -45,7 +55,7 @@ def probabilities(
     "Bring a batch into one form, without what is ignored. A loss that doesn't say its activation, or one class under softmax: ValueError"
     known,axis,ignore,binary = kind_of_loss(loss)
     if act is None and known is None:
-        raise ValueError(f"{type(loss).__name__} does not say how predictions become probabilities: pass act=, such as act=torch.sigmoid or "
+        raise ValueError(f"{type(users_loss(loss)).__name__} does not say how predictions become probabilities: pass act=, such as act=torch.sigmoid or "
                          "act=partial(torch.softmax, dim=-1).")
     z,y = (t.detach().as_subclass(Tensor) for t in (pred, y))
     p = act(z.double()) if act is not None else known(z.double(), axis)
@@ -113,12 +123,16 @@ class _Mean(_Calibration):
         self.total = 0.
     def figure(self): return self.total/self.n
 
+def check_bins(n_bins):
+    "A number of bins, otherwise ValueError"
+    if isinstance(n_bins, bool) or int(n_bins) != n_bins or n_bins < 1: raise ValueError(f"n_bins must be at least 1, but got {n_bins!r}.")
+    return int(n_bins)
+
 class _Binned(_Calibration):
     "Sums per bin of the confidence, of one row or of one row per class"
     def __init__(self, n_bins=15, act=None):
         super().__init__(act)
-        if isinstance(n_bins, bool) or int(n_bins) != n_bins or n_bins < 1: raise ValueError(f"n_bins must be at least 1, but got {n_bins!r}.")
-        self.n_bins = int(n_bins)
+        self.n_bins = check_bins(n_bins)
 
     def reset(self):
         super().reset()
@@ -194,8 +208,7 @@ class AdaptiveECE(_Kept):
         act=None, # Turns predictions into probabilities. None: the activation of the loss
     ):
         super().__init__(act)
-        if isinstance(n_bins, bool) or int(n_bins) != n_bins or n_bins < 1: raise ValueError(f"n_bins must be at least 1, but got {n_bins!r}.")
-        self.n_bins = int(n_bins)
+        self.n_bins = check_bins(n_bins)
 
     def add(self, p, q, z, binary): self.keep(*confidence_of(p, q, binary))
     def figure(self):

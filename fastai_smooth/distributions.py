@@ -47,7 +47,7 @@ class Distribution(nn.Module):
     # -- what learns
     def members(self)->list: # Distributions that are no sums of others
         "This distribution, or those that it is made of in the end, each once however often it occurs"
-        return [m for m in self.modules() if isinstance(m, Distribution) and not isinstance(m, (Mixture, Blend))]
+        return [m for m in self.modules() if isinstance(m, Distribution) and not isinstance(m, _Sum)]
 
     def update(self,
         logits:Tensor, # Predictions (N, K, *) of a training batch
@@ -137,7 +137,17 @@ def floats(
     return t
 
 # %% ../nbs/01_distributions.ipynb #2b9b8e84
-class Mixture(Distribution):
+class _Sum(Distribution):
+    "What is made of other distributions: each of them learns once, however often it occurs"
+    def update(self, logits, labels, axis=1):
+        for part in self.members(): part.update(logits, labels, axis)
+    def next_epoch(self):
+        for part in self.members(): part.next_epoch()
+    def forget(self):
+        for part in self.members(): part.forget()
+
+# %% ../nbs/01_distributions.ipynb #d0cc495c
+class Mixture(_Sum):
     "A weighted sum of distributions, as `0.7*Uniform() + 0.3*ClassPrior(counts)` makes it"
     def __init__(self,
         parts, # Distributions
@@ -173,19 +183,13 @@ class Mixture(Distribution):
         self.check_classes(n_classes)
         return sum(w*part.matrix(n_classes) for w, part in zip(self.weights, self.parts))
 
-    def update(self, logits, labels, axis=1):
-        for part in self.members(): part.update(logits, labels, axis)
-    def next_epoch(self):
-        for part in self.members(): part.next_epoch()
-    def forget(self):
-        for part in self.members(): part.forget()
     def progress(self, share):
         for part in self.parts: part.progress(share)
     def memory(self): return {f'{i}.{name}': t for i, part in enumerate(self.parts) for name, t in part.memory().items()}
 
     def __repr__(self): return ' + '.join(f'{w!r}*({part!r})' if isinstance(part, Mixture) else f'{w!r}*{part!r}' for w, part in zip(self.weights, self.parts))
 
-class Blend(Distribution):
+class Blend(_Sum):
     "From one distribution to another over the training, as a schedule says"
     def __init__(self,
         first:Distribution, # Where the mass goes while the schedule gives 0
@@ -208,12 +212,6 @@ class Blend(Distribution):
     def check_classes(self, n_classes): self.now().check_classes(n_classes)
     def forward(self, target, axis=1, logits=None, inputs=None): return self.now()(target, axis=axis, logits=logits, inputs=inputs)
     def matrix(self, n_classes): return self.now().matrix(n_classes)
-    def update(self, logits, labels, axis=1):
-        for part in self.members(): part.update(logits, labels, axis)
-    def next_epoch(self):
-        for part in self.members(): part.next_epoch()
-    def forget(self):
-        for part in self.members(): part.forget()
     def memory(self): return self.now().memory()
     def progress(self, share):
         self.share = share

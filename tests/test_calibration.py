@@ -5,14 +5,18 @@ import fastai.callback.progress  # noqa: F401  (gives the Learner `no_bar`)
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from learners import fit, make_learner
 from sklearn.metrics import brier_score_loss, log_loss
 from timm.loss import BinaryCrossEntropy
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
+from fastai_smooth.callback import LabelSmoothing, OneOf
 from fastai_smooth.calibration import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE
 from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingNLL
 
@@ -221,3 +225,26 @@ def test_masks_of_any_number_need_no_memory():
         metric.accumulate(learn)
         sizes.append(sum(v.numel() for v in vars(metric).values() if isinstance(v, torch.Tensor)))
     assert sizes == [45, 45, 45] and metric.n == 3*64*64
+
+
+@pytest.mark.parametrize('cbs', [[], [LabelSmoothing], [MixUp], [LabelSmoothing, MixUp], ['one of']])
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy(0.), BCEWithLogitsLossFlat(), LabelSmoothingBCE(0.)])
+def test_training_metrics_know_the_users_loss(loss, cbs):
+    "Whatever a training pass puts around it; the labels are the data loader's"
+    binary = 'BCE' in repr(loss)
+    if isinstance(loss, nn.CrossEntropyLoss) and cbs in ([MixUp], ['one of']):
+        pytest.skip("fastai's mixers need a loss with y_int for labels as indices")
+    made = [OneOf(MixUp(), MixUp(.1))] if cbs == ['one of'] else [c() for c in cbs]
+
+    class Keep(Callback):
+        run_valid, order = False, 49
+        def before_fit(self): self.seen = []
+        def after_batch(self): self.seen.append((self.learn.pred.detach().clone(), self.y.clone()))
+    learn = make_learner('multi_hot' if binary else 'index', loss, [*made, Keep()], metrics=[NLL(), ECE()])
+    learn.recorder.train_metrics = True
+    fit(learn, 1)
+    got = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[-1]))
+    z, y = (torch.cat(t) for t in zip(*learn.keep.seen))
+    plain = nn.functional.binary_cross_entropy_with_logits(z, y) if binary else nn.functional.cross_entropy(z, y)
+    np.testing.assert_allclose(got['train_nll'], plain.item(), rtol=1e-5)
+    assert 0 <= got['train_ece'] <= 1 and 0 <= got['valid_ece'] <= 1
