@@ -228,7 +228,8 @@ def test_masks_of_any_number_need_no_memory():
 
 
 @pytest.mark.parametrize('cbs', [[], [LabelSmoothing], [MixUp], [LabelSmoothing, MixUp], ['one of']])
-@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy(0.), BCEWithLogitsLossFlat(), LabelSmoothingBCE(0.)])
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), LabelSmoothingCrossEntropy(0.), BCEWithLogitsLossFlat(),
+                                  LabelSmoothingBCE(0.)])
 def test_training_metrics_know_the_users_loss(loss, cbs):
     "Whatever a training pass puts around it; the labels are the data loader's"
     binary = 'BCE' in repr(loss)
