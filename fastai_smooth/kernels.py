@@ -96,6 +96,8 @@ def shape_error(shape, target_shape, axis, is_index):
     wanted = f"indices {without(axis)} or a dense target {shape}"
     fits = [d for d in range(len(shape)) if is_index and without(d) == target_shape]
     hint = f" axis={fits[0]} would fit." if fits else ""
+    if not is_index and len(target_shape) == len(shape) and without(axis) == target_shape[:axis] + target_shape[axis+1:]:
+        hint = f" The target has {target_shape[axis]} classes and the logits have {shape[axis]}: check n_classes, or the outputs of the model."
     kind = "indices" if is_index else "a dense target"
     return ValueError(f"Logits of shape {shape} with the classes at axis {axis} want {wanted}, but got {kind} of shape {target_shape}.{hint}")
 

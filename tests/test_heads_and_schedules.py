@@ -377,3 +377,11 @@ def test_a_second_look_at_the_loss_is_not_a_second_batch():
     learn = fit(heads_learner(MultiTargetLoss(CrossEntropyLossFlat(), CrossEntropyLossFlat(), BCEWithLogitsLossFlat()),
                               [LabelSmoothing({0: .1, 1: SchedCos(.2, 0.)}, target=(0, 1)), Again()]), 1)
     assert len(learn.recorder.hps['eps']) == 3 and learn.recorder.hps['eps'][0] == .2
+
+
+@pytest.mark.parametrize('c', [2, 10])
+def test_another_number_of_classes_than_the_model_has(c):
+    "Said in the first batch, with both numbers"
+    learn = make_learner('index', None, [LabelSmoothing(.1), MixUp(), Count()], c=c)
+    with pytest.raises(ValueError, match=f'The target has {c} classes and the logits have {K}: check n_classes'): fit(learn, 1)
+    assert learn.count.steps == 0

@@ -383,10 +383,10 @@ def test_same_life_as_with_torchs_smoothing(life, mixers, tmp_path, capsys): twi
 class Autocast(Callback):
     "fastai's MixedPrecision on the CPU; it may leave the predictions as they are"
     order = 10
-    def __init__(self, float_pred): self.float_pred, self.dtypes = float_pred, set()
+    def __init__(self, float_pred, dtype): self.float_pred, self.dtype, self.dtypes = float_pred, dtype, set()
 
     def before_batch(self):
-        self.context = torch.autocast('cpu', torch.bfloat16)
+        self.context = torch.autocast('cpu', self.dtype)
         self.context.__enter__()
 
     def after_pred(self):
@@ -397,13 +397,14 @@ class Autocast(Callback):
 
 
 @with_mixers
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('float_pred', [False, True])
-def test_mixed_precision(float_pred, mixers, tmp_path):
-    "The predictions come in bfloat16, the loss is computed in float32"
+def test_mixed_precision(float_pred, dtype, mixers, tmp_path):
+    "The predictions come in half precision, the loss is computed in float32"
     def live(learn):
-        cb = Autocast(float_pred)
+        cb = Autocast(float_pred, dtype)
         learn.fit(2, cbs=cb)
-        assert cb.dtypes == {torch.bfloat16} and learn.loss_grad.dtype is torch.float32
+        assert cb.dtypes == {dtype} and learn.loss_grad.dtype is torch.float32
     twins(tmp_path, mixers, live, tol=2e-2)
 
 
