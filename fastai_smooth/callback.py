@@ -251,7 +251,7 @@ class _Head:
     "One of the targets: its loss and, in a batch, what became of it"
     def __init__(self, target, part, smooth, binary):
         self.target,self.part,self.smooth,self.binary = target,part,smooth,binary
-        self.n_classes,self.own_convention = None,getattr(part, 'convention', None)
+        self.n_classes,self.dist,self.own_convention = None,None,getattr(part, 'convention', None)
         self.encoded = self.index = None # this batch: encoded target, and what the data loader gave
 
     @property
@@ -428,8 +428,9 @@ class LabelSmoothing(TrainingPassCallback):
             self._pass = outer
             if self.log: self.show_log(learn)
             for cb in learn.cbs: # fastai's mixers keep the last targets: an export has no use for ours
-                for mixer in getattr(cb, 'mixers', [cb]):
-                    if any(map(is_mixed, mixer.__dict__.get('yb1') or ())): del mixer.yb1
+                for mixer in cb.mixers if isinstance(cb, OneOf) else [cb]:
+                    kept = mixer.__dict__.get('yb1')
+                    if isinstance(kept, tuple) and any(map(is_mixed, kept)): del mixer.yb1
 
     def show_log(self, learn):
         "Put the strengths beside the learning rates that the Recorder's `plot_sched` draws"
@@ -453,10 +454,10 @@ class LabelSmoothing(TrainingPassCallback):
                 mixers = [cb for cb in learn.cbs if isinstance(cb, (MixHandler, OneOf))]
                 if mixers: raise ValueError(f"{mixers[0]!r} needs to know how many classes there are, and neither the loss nor the DataLoaders tell: "
                                             "pass n_classes to LabelSmoothing.")
-            dist = self.dists().get(head.target) if head.smooth else None
-            if dist is None: continue
-            if head.n_classes is not None: dist.check_classes(head.n_classes)
-            dist.to(learn.dls.device)
+            head.dist = self.dists().get(head.target) if head.smooth else None
+            if head.dist is None: continue
+            if head.n_classes is not None: head.dist.check_classes(head.n_classes)
+            head.dist.to(learn.dls.device)
         self.carry_state() # the model may be another one by now
         return loss
 
@@ -612,8 +613,7 @@ class LabelSmoothing(TrainingPassCallback):
         "Give the loss of a target this moment's strength; smooth the target itself if the loss has none"
         part,t,eps = head.part,head.target,self.current_eps(head.target)
         dist,convention = self.setting('dist', t),self.setting('convention', t)
-        learn = self.learn or self._pass.learn
-        for d in self.dists().values(): d.progress(min(learn.pct_train, 1.))
+        if head.dist is not None: head.dist.progress(min((self.learn or self._pass.learn).pct_train, 1.))
         if isinstance(part, LabelSmoothingBCE): y,part.convention = self.binary_form(head, y, pred, convention)
         elif not isinstance(part, SmoothingLoss):
             y = self.dense(y, pred, head)
@@ -645,21 +645,21 @@ class LabelSmoothing(TrainingPassCallback):
         if self._pass is not None: self._pass.put_back()
 
     def after_loss(self):
-        loss,dists = self._pass,self.dists()
+        loss = self._pass
         scheduled = next((t for t in self.targets if callable(self.setting('eps', t))), None)
         if loss is not None and loss.given is not None and scheduled is not None:
             eps = self.current_eps(scheduled)
             self.log.append(eps if isinstance(eps, float) else eps.mean().item())
-        if dists and loss is not None and loss.given is not None:
+        if loss is not None and loss.given is not None:
             pred = self.learn.pred
             for head in loss.heads:
-                if not head.smooth or head.target not in dists: continue
+                if head.dist is None: continue
                 z,y = pred[head.target] if isinstance(loss.soft, MultiTargetLoss) else pred,head.index
                 axis = self.axis_of(head)
                 if y.ndim == z.ndim and not y.is_floating_point(): y = y.squeeze(axis)
                 ignored = getattr(head.part, 'ignore_index', None)
                 if ignored is not None and not y.is_floating_point(): y = plain(y).masked_fill(plain(y) == ignored, -1) # teaches nothing
-                dists[head.target].update(z, y, axis)
+                head.dist.update(z, y, axis)
         self.put_back()
     def after_cancel_batch(self): self.put_back()
     def after_batch(self): self.put_back()
