@@ -428,7 +428,7 @@ class LabelSmoothing(TrainingPassCallback):
             self._pass = outer
             if self.log: self.show_log(learn)
             for cb in learn.cbs: # fastai's mixers keep the last targets: an export has no use for ours
-                for mixer in cb.mixers if isinstance(cb, OneOf) else [cb]:
+                for mixer in [cb, *(c for c in cb.__dict__.get('mixers', ()) if isinstance(c, Callback))]:
                     kept = mixer.__dict__.get('yb1')
                     if isinstance(kept, tuple) and any(map(is_mixed, kept)): del mixer.yb1
 
