@@ -252,6 +252,7 @@ class _Head:
     def __init__(self, target, part, smooth, binary):
         self.target,self.part,self.smooth,self.binary = target,part,smooth,binary
         self.n_classes,self.dist,self.own_convention = None,None,getattr(part, 'convention', None)
+        self.by_item = [] # distributions that go by the number of the item
         self.encoded = self.index = None # this batch: encoded target, and what the data loader gave
 
     @property
@@ -310,6 +311,17 @@ def validates_on_dense(dls):
     return isinstance(y, Tensor) and y.is_floating_point() and y.ndim > 0
 
 # %% ../nbs/04_callback.ipynb #aed31cf7
+def batch_items(learn, n):
+    "Which items of the training set make up the current batch of `n`: fastai's loader keeps their order while it is iterated"
+    dl = learn.dl
+    order,bs = getattr(dl, '_DataLoader__idxs', None),getattr(dl, 'bs', None)
+    items = [] if order is None or bs is None else list(order)[learn.iter*bs:(learn.iter+1)*bs]
+    if len(items) != n or not all(isinstance(i, Integral) for i in items):
+        raise ValueError(f"The data loader does not tell which items a batch is made of (it names {len(items)} for {n} examples): stored predictions need "
+                         "a fastai DataLoader over a data set with numbered items, none of which is skipped.")
+    return torch.as_tensor(items).unsqueeze(1)
+
+# %% ../nbs/04_callback.ipynb #d2e85d7b
 class LabelSmoothing(TrainingPassCallback):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and put back before, every other callback looks at them
@@ -458,8 +470,19 @@ class LabelSmoothing(TrainingPassCallback):
             if head.dist is None: continue
             if head.n_classes is not None: head.dist.check_classes(head.n_classes)
             head.dist.to(learn.dls.device)
+            head.by_item = [m for m in head.dist.members() if m.needs_items]
+            if head.by_item: self.check_items(head, learn)
         self.carry_state() # the model may be another one by now
         return loss
+
+    def check_items(self, head, learn):
+        "Raise a ValueError if a distribution that goes by item cannot be told the items of a batch, or has not one row for each"
+        if head.n_classes is None: raise ValueError(f"{head.dist!r} goes by item and needs index labels of a known number of classes: pass n_classes "
+                                                    "to LabelSmoothing.")
+        n = len(learn.dls.train_ds) if hasattr(learn.dls, 'train_ds') else None
+        for member in head.by_item:
+            if n is not None and len(member.stored) != n:
+                raise ValueError(f"{member!r}, but the training set has {n} items: give one row for each, in their order.")
 
     def prepare(self,
         user # The user's loss
@@ -547,6 +570,10 @@ class LabelSmoothing(TrainingPassCallback):
                 raise ValueError(f"target={head.target} asks for a target that the data loader does not give: there are {len(yb)}.")
             head.index = yb[head.target]
             head.encoded = yb[head.target] = self.encode(head.index, head)
+            if head.by_item:
+                if not is_mixed(head.encoded): raise ValueError(f"{head.dist!r} goes by item and needs index labels, but the target has the dtype "
+                                                                f"{head.index.dtype} and the shape {tuple(head.index.shape)}.")
+                head.encoded.items = batch_items(learn, len(head.encoded))
         loss.given = learn.yb # also of dense targets, which mixers replace as well
         if any(head.encoded is not head.index for head in loss.heads): learn.yb = tuple(yb)
 
@@ -585,6 +612,7 @@ class LabelSmoothing(TrainingPassCallback):
             i = head.target % len(yb)
             # nothing was mixed: the loss takes the data loader's target
             y = head.index if yb[i] is head.encoded else yb[i]
+            if head.by_item: self.tell_items(head, yb[i])
             own = pred[i] if several else pred
             if head.smooth: yb[i] = self.smoothed(head, y, own)
             else: yb[i] = y if y is head.index or isinstance(head.part, SmoothingLoss) else self.dense(y, own, head)
@@ -593,6 +621,13 @@ class LabelSmoothing(TrainingPassCallback):
             xb = loss.learn.xb
             kwargs['inputs'] = xb[0] if len(xb) == 1 else xb
         return soft(pred, *yb, **kwargs)
+
+    def tell_items(self, head, y):
+        "Tell the distributions that go by item what this batch was mixed from"
+        if getattr(y, 'items', None) is None or not y.is_sparse_mixture:
+            raise ValueError(f"A mixer has changed the target in a way that hides which items it comes from, and {head.dist!r} goes by item: "
+                             "use a Teacher with a model instead.")
+        for member in head.by_item: member.attend(y.items, y.weights)
 
     def check_validation(self, loss, pred):
         "Once per pass: raise a ValueError if the data loader gives dense targets that the user's loss could not be validated on"

@@ -67,6 +67,14 @@ class Distribution(nn.Module):
     ):
         "Follow a schedule, for the distributions that have one"
 
+    def attend(self,
+        items:Tensor, # Numbers of the training items that the batch is mixed from, (N, m)
+        weights:Tensor, # Their shares, (N, m, *)
+    ):
+        "Know which items the next call is about, for the distributions whose `needs_items` is true"
+
+    needs_items = False # Whether the callback has to say which training items a batch is made of
+
     def memory(self)->dict: # Names to tensors; empty for distributions that are made anew with their arguments
         "The state that belongs into a checkpoint"
         return {}
@@ -590,12 +598,22 @@ class Zipf(Distribution):
 class Teacher(Distribution):
     "By the predictions of another model: distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531"
     def __init__(self,
-        model, # An nn.Module or a fastai Learner that gives logits
+        model, # An nn.Module or a fastai Learner that gives logits; or stored logits, a tensor (n, K, *) with a row per item of the training set
         temperature:float=1., # Above 0: the larger, the softer
     ):
         super().__init__()
+        if isinstance(model, Tensor):
+            stored,model = plain(model).detach(),None
+            if not stored.is_floating_point() or stored.ndim < 2:
+                raise ValueError(f"Stored predictions are logits (n, K, *), but got {stored.dtype} of shape {tuple(stored.shape)}.")
+            if not stored.isfinite().all(): raise ValueError(f"The stored predictions of the item {int((~stored.isfinite().flatten(1).all(1)).nonzero()[0])} "
+                                                             "are not finite.")
+        else: stored = None
+        self.register_buffer('stored', stored, persistent=False)
+        self.batch = None # items and their shares
         model = model.model if not isinstance(model, nn.Module) and isinstance(getattr(model, 'model', None), nn.Module) else model
-        if not isinstance(model, nn.Module): raise TypeError(f"Teacher takes an nn.Module or a Learner, but got {model!r}.")
+        if stored is None and not isinstance(model, nn.Module):
+            raise TypeError(f"Teacher takes an nn.Module or a Learner, or a tensor of logits, but got {model!r}.")
         self.model = model
         self.register_buffer('scale', torch.ones(()))
         self.temperature = temperature
@@ -608,6 +626,32 @@ class Teacher(Distribution):
         self.scale.fill_(value)
 
     def memory(self): return {'temperature': self.scale}
+
+    @property
+    def needs_items(self): return self.stored is not None
+    @property
+    def n_classes(self): return self.stored.shape[1] if self.stored is not None and self.stored.ndim == 2 else None
+    def attend(self, items, weights): self.batch = items,weights
+    def forget(self): self.batch = None
+
+    def recall(self,
+        q:Tensor, # Dense target
+        axis:int, # Class dimension
+    )->Tensor: # Probabilities of the shape of the target
+        "Softmax of the stored logits, mixed as the items were"
+        if self.batch is None: raise ValueError(f"{self!r} goes by the number of the item, which only the callback knows: use it with LabelSmoothing.")
+        items,weights = (t.to(q.device) for t in self.batch)
+        self.batch = None
+        if items.numel() and int(items.max()) >= len(self.stored):
+            raise ValueError(f"{self!r} has no predictions for the item {int(items.max())}: give one row per item of the training set.")
+        p = 0.
+        for item, w in zip(items.unbind(1), weights.to(q.dtype).unbind(1)):
+            share = (self.stored.to(q)[item]/self.scale.to(q)).softmax(axis)
+            if share.shape != q.shape: raise ValueError(f"The stored predictions have the shape {tuple(share.shape)} for a target of shape {tuple(q.shape)}.")
+            w = w.reshape(tuple(w.shape)+(1,)*(q.ndim-1-w.ndim)).unsqueeze(axis)
+            p = p + w*share
+        total = p.sum(axis, keepdim=True)
+        return p/torch.where(total > 0, total, 1.)
 
     def predict(self,
         inputs # A tensor, or the tuple of the inputs
@@ -622,6 +666,7 @@ class Teacher(Distribution):
 
     def forward(self, target, axis=1, logits=None, inputs=None):
         q = dense_of(target, axis)
+        if self.stored is not None: return self.recall(q, axis)*q.sum(axis, keepdim=True)
         if inputs is None: raise ValueError(f"{self!r} needs `inputs`: use it with the callback, which passes on what the model was called with.")
         z = self.predict(inputs)
         if not isinstance(z, Tensor) or z.shape != q.shape:
@@ -630,7 +675,9 @@ class Teacher(Distribution):
         p = (plain(z).to(q.dtype)/self.scale.to(q)).softmax(axis)
         return p*q.sum(axis, keepdim=True)
 
-    def __repr__(self): return f'Teacher({type(self.model).__name__}, temperature={self.temperature:g})'
+    def __repr__(self):
+        model = type(self.model).__name__ if self.stored is None else f'predictions of {len(self.stored)} items'
+        return f'Teacher({model}, temperature={self.temperature:g})'
 
 # %% ../nbs/01_distributions.ipynb #ab4b4f85
 def blur_along(x, d, taps, scale):

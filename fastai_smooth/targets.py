@@ -275,6 +275,7 @@ class MixedTarget:
         if not -indices.ndim < axis < indices.ndim or axis % indices.ndim == 0:
             raise ValueError(f"axis={axis} does not fit a dense target of {indices.ndim} dimensions, the first of which counts examples.")
         self.indices, self.n_classes, self.axis, self.ignore_index = indices.long(), n_classes, axis % indices.ndim, ignore_index
+        self.items = None # (N, m) numbers of the items that the components come from, where somebody keeps them
         # Kept as small as they came, apart from the first two dimensions: a weight per image is not written out per pixel
         self._weights, self._dense = weights.expand(*indices.shape[:2], *weights.shape[2:]), None
 
@@ -309,14 +310,16 @@ class MixedTarget:
         try: return w.new_zeros(self.shape).scatter_add_(self.axis, index.movedim(1, self.axis), w.movedim(1, self.axis))
         except (RuntimeError, IndexError): raise label_error(self.indices, self.n_classes, self.ignore_index) from None
 
-    def _like(self, indices, weights):
-        return MixedTarget(indices, weights, self.n_classes, self.axis, self.ignore_index)
+    def _like(self, indices, weights, items=None):
+        new = MixedTarget(indices, weights, self.n_classes, self.axis, self.ignore_index)
+        new.items = items
+        return new
 
     def to(self, *args, **kwargs):
         "Move to a device or a floating dtype, staying sparse"
         w = self._weights.to(*args, **kwargs)
         if self._dense is not None or not w.is_floating_point(): return self.dense().to(*args, **kwargs)
-        return self._like(self.indices.to(w.device), w)
+        return self._like(self.indices.to(w.device), w, None if self.items is None else self.items.to(w.device))
 
     def lerp(self, end, weight):
         "`torch.lerp`: sparse for another mixture of the same form and a weight that is the same for all classes, dense otherwise"
@@ -328,7 +331,8 @@ class MixedTarget:
                 a, b = self._weights*(1-w), end._weights*w
                 rest = torch.broadcast_shapes(a.shape[2:], b.shape[2:])
                 a, b = (t.expand(*t.shape[:2], *rest) for t in (a, b))
-                return self._like(torch.cat([self.indices, end.indices], 1), torch.cat([a, b], 1))
+                items = None if self.items is None or end.items is None else torch.cat([self.items, end.items], 1)
+                return self._like(torch.cat([self.indices, end.indices], 1), torch.cat([a, b], 1), items)
         return torch.lerp(self.dense(), _densified(end), weight)
 
     def where(self, condition, other):
@@ -341,7 +345,7 @@ class MixedTarget:
 
     def __getitem__(self, i):
         by_example = isinstance(i, (slice, list)) or (hasattr(i, 'ndim') and i.ndim == 1)
-        if by_example and self._dense is None: return self._like(self.indices[i], self._weights[i])
+        if by_example and self._dense is None: return self._like(self.indices[i], self._weights[i], None if self.items is None else self.items[i])
         return self.dense()[i]
 
     def _densify(self):

@@ -9,9 +9,12 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
-from fastai.learner import load_learner
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.load import SkipItemException
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
-from learners import K, Look, check_seen, fit, make_learner
+from fastai.torch_core import set_seed
+from learners import Items, K, Look, check_seen, fit, make_learner
 from torch import nn
 from torch.nn import functional as F
 
@@ -368,3 +371,79 @@ def test_small_things():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             u = Spatial(3, sigma)(q.to(dtype))
             assert u.dtype == dtype and (u[0, :, 2, 2].float()-.5).abs().max() < 1e-2 and (u.sum(1).float()-1).abs().max() < 1e-2
+
+
+# -- a teacher's stored predictions: an input that is the one-hot code of its item shows what a batch was mixed from
+
+N_ITEMS = 22
+
+
+def by_item(dist, mixers, workers=0, **kwargs):
+    "A learner whose images (N_ITEMS, 4, 4) say which items they are"
+    torch.manual_seed(3)
+    labels = torch.randint(0, K, (N_ITEMS,))
+    images = torch.eye(N_ITEMS)[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
+    dls = DataLoaders(*(TfmdDL(Items(zip(images, labels)), bs=8, shuffle=s, num_workers=workers, device='cpu') for s in (True, False)))
+    dls.c = K
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(N_ITEMS, K))
+    look = Look()
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=[*mixers, look, LabelSmoothing(.4, dist)], lr=.1, **kwargs), labels
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('mixers', [[], [MixUp], [CutMix], [MixUp, CutMix], 'one of'], ids=str)
+def test_stored_predictions_follow_their_items(mixers, workers):
+    stored = 2*torch.randn(N_ITEMS, K, generator=torch.Generator().manual_seed(1))
+    learn, labels = by_item(.5*Teacher(stored, 2.) + .5*Uniform(), [OneOf(MixUp(), CutMix())] if mixers == 'one of' else [m() for m in mixers], workers)
+    fit(learn, 2)
+    assert len(learn.look.seen) == 6
+    for x, pred, loss, _ in learn.look.seen:
+        share = x.mean((2, 3)).double()
+        q, u = share@F.one_hot(labels, K).double(), share@(.5*(stored.double()/2).softmax(1) + .5/K)
+        expected = -((.6*q+.4*u)*pred.double().log_softmax(1)).sum(1).mean()
+        np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+
+
+def skip_the_second(item):
+    if item[0].argmax() // 16 == 1: raise SkipItemException
+    return item
+
+
+def test_stored_predictions_that_cannot_be_found():
+    stored = torch.randn(N_ITEMS, K)
+
+    class Hide(Callback):
+        order, run_valid = 50, False
+        def before_batch(self): self.learn.yb = (self.learn.yb[0]*1.,)
+    with pytest.raises(ValueError, match='22 items: give one row'): fit(by_item(Teacher(stored[:20]), [])[0], 1)
+    with pytest.raises(ValueError, match='made for 3 classes'): fit(by_item(Teacher(stored[:, :3]), [])[0], 1)
+    with pytest.raises(ValueError, match='hides which items'): fit(by_item(Teacher(stored), [Hide()])[0], 1)
+    with pytest.raises(ValueError, match='only the callback knows'):
+        LabelSmoothingCrossEntropy(.1, dist=Teacher(stored))(torch.randn(5, K), torch.zeros(5).long())
+    with pytest.raises(ValueError, match='logits'): Teacher(torch.ones(4, 3).long())
+    stored[7, 1] = float('nan')
+    with pytest.raises(ValueError, match='item 7'): Teacher(stored)
+    learn = make_learner('one_hot', None, [LabelSmoothing(.1, Teacher(torch.randn(24, K)))])
+    with pytest.raises(ValueError, match='needs index labels'): fit(learn, 1)
+
+    learn = by_item(Teacher(torch.randn(N_ITEMS, K)), [])[0]
+    learn.dls.train.after_item = skip_the_second
+    with pytest.raises(ValueError, match='does not tell which items'): fit(learn, 1)
+
+
+def test_stored_predictions_are_a_model_asked_beforehand(tmp_path):
+    "Without mixing and augmentation: the same training. A checkpoint has the temperature, not the predictions"
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(N_ITEMS, K))
+    with torch.no_grad(): stored = model(torch.eye(N_ITEMS)[:, :, None, None].expand(-1, -1, 4, 4))
+    weights = []
+    for teacher in (model, stored):
+        set_seed(5)
+        learn = fit(by_item(Teacher(teacher, 3.), [])[0], 2)
+        weights.append(learn.model[2].weight.detach())
+    torch.testing.assert_close(*weights)
+    learn.path = tmp_path
+    learn.save('x')
+    other = by_item(Teacher(stored), [])[0]
+    other.path = tmp_path
+    other.load('x')
+    assert other.label_smoothing.dist.temperature == 3.
