@@ -31,7 +31,8 @@ def _parser():
     commands = parser.add_subparsers(dest='command', required=True, parser_class=_Parser)
     p = commands.add_parser('compare', help="methods side by side over seeds, before and after temperature scaling",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument('data', nargs='?', default='digits', metavar='DATA', help="data set: digits or mnist5k")
+    p.add_argument('data', nargs='?', default='digits', metavar='DATA',
+                   help="digits, mnist5k, or a folder with a folder of images per class (or with train and valid)")
     p.add_argument('--methods', type=_methods, default='ce,ls,mixup,mixup+ls',
                    help="comma-separated: ce, or one of ls, prior, similarity, taxonomy, ols, zipf and any of mixup, cutmix, joined by +")
     p.add_argument('--eps', type=float, default=.1, help="smoothing strength of ls, in [0, 1]")
@@ -42,7 +43,7 @@ def _parser():
     p.add_argument('--arch', default='convnet', help="convnet, or the name of a timm model")
     p.add_argument('--weights', default=None, metavar='FILE', help="state dict to start from")
     p.add_argument('--bs', type=int, default=64, help="batch size")
-    p.add_argument('--size', type=int, default=None, help="resize images to SIZE by SIZE pixels")
+    p.add_argument('--size', type=int, default=None, help="resize images to SIZE by SIZE pixels; None: as they are, or 128 for a folder")
     p.add_argument('--valid_pct', type=float, default=.2, help="share of the validation set, half of which fits the temperature")
     p.add_argument('--out', default=None, metavar='DIR', help="folder for the results; None: a new one in fastai_smooth_runs")
     p.add_argument('--resume', action='store_true', help="go on with the run in --out")
@@ -67,7 +68,7 @@ def compare(
     from fastai_smooth.recipes import Comparison, table # here, so that --help does not wait for torch
     try:
         if resume and out is None: raise ValueError("--resume needs --out: name the folder to go on with.")
-        out = out or Path('fastai_smooth_runs')/f"{arguments.get('data', 'digits')}-{datetime.now():%Y%m%d-%H%M%S}"
+        out = out or Path('fastai_smooth_runs')/f"{Path(arguments.get('data', 'digits')).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
         comparison = Comparison(out=out, resume=resume, **arguments)
         comparison.make_folder()
     except (ValueError, ImportError, OSError) as e:

@@ -43,7 +43,7 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from .callback import LabelSmoothing, OneOf
-from .data import EMBEDDED, array_dls, stratified_split
+from .data import EMBEDDED, ImageData, array_dls, folder_data
 from .distributions import ClassPrior, Online, Similarity, Taxonomy, Zipf
 from .noise import corrupt_labels, transition_matrix
 
@@ -53,6 +53,15 @@ SMOOTH = {'ls': "to all classes alike", 'prior': "by class frequency", 'similari
           'zipf': "by rank of the prediction"}
 PARTS = {'ce': "cross entropy on the labels as they are", **{k: f"label smoothing with --eps, {v}" for k, v in SMOOTH.items()},
          'mixup': "MixUp", 'cutmix': "CutMix"}
+
+def tree_of(
+    vocab # Class names
+)->Taxonomy: # The tree that they spell
+    "The taxonomy of class names that are paths. Names without a folder in common with any other: ValueError"
+    vocab = [str(v) for v in vocab]
+    if not any('/' in v for v in vocab):
+        raise ValueError(f"The method 'taxonomy' needs classes that are paths such as animal/cat (nested folders), but there is {vocab[0]!r}.")
+    return Taxonomy(vocab)
 
 def smoothing_dist(
     name:str, # One of `SMOOTH`
@@ -64,10 +73,7 @@ def smoothing_dist(
     if name == 'prior': return ClassPrior.from_dls(dls)
     if name == 'ols': return Online(len(vocab))
     if name == 'zipf': return Zipf()
-    if name == 'taxonomy':
-        flat = [v for v in vocab if '/' not in v]
-        if flat: raise ValueError(f"The method 'taxonomy' needs classes that are paths such as animal/cat, but there is {flat[0]!r}.")
-        return Taxonomy(vocab)
+    if name == 'taxonomy': return tree_of(vocab)
     sums,counts = 0.,torch.zeros(len(vocab), dtype=torch.float64)
     for x, y in dls.train.new(shuffle=False, drop_last=False):
         which = torch.nn.functional.one_hot(y.as_subclass(torch.Tensor), len(vocab)).double().cpu()
@@ -204,7 +210,7 @@ def parse_pairs(
 @dataclass
 class Comparison:
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"
-    data:str='digits' # Name of an embedded data set: 'digits' or 'mnist5k'
+    data:str='digits' # An embedded data set, 'digits' or 'mnist5k', or a folder of class folders
     methods:tuple=('ce', 'ls', 'mixup', 'mixup+ls') # See `method_callbacks`
     eps:float=.1 # Smoothing strength of 'ls', in [0, 1]
     noise:float=0. # Share of training labels that are wrong, in [0, 1)
@@ -214,14 +220,16 @@ class Comparison:
     arch:str='convnet' # 'convnet' or a timm model
     weights:str|None=None # File with a state dict to start from
     bs:int=64 # Batch size
-    size:int|None=None # Resize images to `size` by `size` pixels
-    valid_pct:float=.2 # Share of the validation set, half of which fits the temperature
+    size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, or 128 for a folder
+    valid_pct:float=.2 # Share of the validation set (where the data don't say which it is), half of which fits the temperature
     out:str|None=None # Folder for the results. None: nothing is written
     resume:bool=False # Go on with the run in `out`
     rows:list=field(default_factory=list, repr=False) # One dict per finished method and seed
 
     def __post_init__(self):
-        if self.data not in EMBEDDED: raise ValueError(f"Unknown data set {self.data!r}: use one of {', '.join(EMBEDDED)}.")
+        self.data = str(self.data)
+        if self.data not in EMBEDDED and not Path(self.data).is_dir():
+            raise ValueError(f"Unknown data set {self.data!r}: use one of {', '.join(EMBEDDED)}, or a folder of class folders.")
         self.methods = tuple(self.methods)
         if not self.methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
         if len(set(self.methods)) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
@@ -229,26 +237,33 @@ class Comparison:
         for m in self.methods: method_callbacks(m, self.eps)
         self.confused = parse_pairs(self.pairs)
         if not 0 <= self.noise < 1: raise ValueError(f"noise must lie in [0, 1), but got {self.noise}.")
-        if self.epochs is None: self.epochs = EPOCHS[self.data]
+        if self.epochs is None: self.epochs = EPOCHS.get(self.data, 10)
+        if self.size is None and self.data not in EMBEDDED: self.size = 128
         for name, low in (('epochs', 1), ('seeds', 1), ('bs', 2), ('size', 8)):
             v = getattr(self, name)
             if v is not None and v < low: raise ValueError(f"{name} must be at least {low}, but got {v}.")
         if not 0 < self.valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {self.valid_pct}.")
-        self.images, self.labels, self.vocab = EMBEDDED[self.data]()
-        try: train, valid = stratified_split(self.labels, self.valid_pct, 0)
+        self.source = ImageData(*EMBEDDED[self.data]()) if self.data in EMBEDDED else folder_data(self.data, self.size)
+        self.labels,self.vocab,self.fingerprint = self.source.labels,self.source.vocab,self.source.fingerprint()
+        if any('taxonomy' in m.split('+') for m in self.methods): tree_of(self.vocab)
+        try: train,valid = self.source.splits(self.valid_pct, 0)
         except ValueError as e: raise ValueError(f"valid_pct={self.valid_pct} does not split {len(self.labels)} images: {e}") from None
         self.n_train,self.n_valid = len(train),len(valid)
         if self.confused: transition_matrix(self.noise, len(self.vocab), 'asymmetric', self.confused)
         if self.n_valid < 4*len(self.vocab):
             raise ValueError(f"valid_pct={self.valid_pct} leaves {self.n_valid} validation images for {len(self.vocab)} classes: use a larger share.")
+        rare = np.bincount(self.labels[valid], minlength=len(self.vocab))
+        if rare.min() < 2: raise ValueError(f"valid_pct={self.valid_pct} leaves {rare.min()} validation images of the class {self.vocab[rare.argmin()]!r}, "
+                                            "but one half fits the temperature and the other scores: use a larger share.")
         if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training images.")
         self._check_model()
         if self.out is not None: self._check_out()
 
     def _check_model(self):
         "One batch of zeros through the network: some need larger images"
-        shape = (2, 1, *((self.size, self.size) if self.size else self.images.shape[1:]))
-        model = build_model(self.arch, 1, len(self.vocab), self.weights).eval()
+        n = self.source.n_channels
+        shape = (2, n, *((self.size, self.size) if self.size else self.source.images.shape[-2:]))
+        model = build_model(self.arch, n, len(self.vocab), self.weights).eval()
         try:
             with torch.no_grad(): model(torch.zeros(shape))
         except (RuntimeError, AssertionError) as e:
@@ -258,7 +273,7 @@ class Comparison:
     # -- the folder
     @property
     def config(self): # What decides the figures of a run
-        return {k: getattr(self, k) for k in 'data eps noise pairs epochs arch weights bs size valid_pct'.split()}
+        return {k: getattr(self, k) for k in 'data eps noise pairs epochs arch weights bs size valid_pct fingerprint'.split()}
 
     def _check_out(self):
         self.out = Path(self.out)
@@ -317,12 +332,13 @@ class Comparison:
     )->Learner: # Ready to fit
         "The learner of one run"
         set_seed(seed, reproducible=True)
-        train, valid = stratified_split(self.labels, self.valid_pct, seed)
+        train, valid = self.source.splits(self.valid_pct, seed)
         labels = self.labels.copy()
         if self.noise: labels[train] = corrupt_labels(labels[train], self.noise, 'asymmetric' if self.confused else 'symmetric', len(self.vocab), seed,
                                                        self.confused)[0].numpy()
-        dls = array_dls(self.images, labels, self.vocab, (train, valid), self.bs, self.size)
-        model = build_model(self.arch, 1, len(self.vocab), self.weights)
+        size = self.size if self.data in EMBEDDED else None # a folder is read in its size
+        dls = array_dls(self.source.images, labels, self.vocab, (train, valid), self.bs, size)
+        model = build_model(self.arch, self.source.n_channels, len(self.vocab), self.weights)
         learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=method_callbacks(method, self.eps, dls))
         return learn.remove_cbs(ProgressCallback)
 
@@ -363,7 +379,7 @@ class Comparison:
 
     def arguments(self)->list: # Of `fastai-smooth compare`
         "The arguments that repeat this comparison"
-        options = {'methods': ','.join(self.methods), **{k: v for k, v in self.config.items() if k != 'data'}, 'seeds': self.seeds}
+        options = {'methods': ','.join(self.methods), **{k: v for k, v in self.config.items() if k not in ('data', 'fingerprint')}, 'seeds': self.seeds}
         return [self.data, *(a for k, v in options.items() if v is not None for a in (f'--{k}', str(v)))]
 
     def plot_reliability(self)->Figure: # One pair of axes per method
