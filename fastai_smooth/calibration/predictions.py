@@ -142,8 +142,8 @@ def rescale(
 # %% ../../nbs/05a_predictions.ipynb #bc13e7da
 class _Collect(Callback):
     "Keeps the rows of each batch in evaluation, of at most `max_elements` numbers together"
-    order = 95
-    def __init__(self, act, max_elements, dl=None): self.act,self.max_elements,self.of = act,max_elements,dl
+    order,kept = 95,()
+    def __init__(self, act, max_elements): self.act,self.max_elements = act,max_elements
 
     def before_validate(self): self.start()
 
