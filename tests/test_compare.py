@@ -16,9 +16,7 @@ from fastai_smooth.data import digits
 from fastai_smooth.recipes import (
     METRICS,
     Comparison,
-    area_under_risk_coverage,
     build_model,
-    fit_temperature,
     mean_ci,
     method_callbacks,
     score,
@@ -62,23 +60,6 @@ def test_scores_against_loops(scale):
     raw, scaled = naive_scores(z[:200], y[:200]), naive_scores(z[:200]/s['temperature'], y[:200])
     for k, v in raw.items(): assert s[k] == pytest.approx(v, abs=1e-6), k
     for k in ('nll', 'ece', 'brier'): assert s[f'{k}_ts'] == pytest.approx(scaled[k], abs=1e-6), k
-
-
-def test_temperature_is_the_minimum():
-    rng = np.random.default_rng(1)
-    z, y = 3*rng.normal(size=(300, 4)), rng.integers(0, 4, 300)
-    z[np.arange(300), y] += 4
-    t = fit_temperature(z, y)
-    nll = lambda t: torch.nn.functional.cross_entropy(torch.as_tensor(z/t), torch.as_tensor(y)).item()
-    assert all(nll(t) <= nll(t*f) for f in (.5, .9, .99, 1.01, 1.1, 2.))
-    right = np.eye(4)[y]*5
-    t = fit_temperature(right, y)
-    assert .01 <= t < .2 and torch.nn.functional.cross_entropy(torch.as_tensor(right/t), torch.as_tensor(y)) < 1e-9, "all right: cold enough to be sure"
-
-
-def test_risk_coverage_does_not_depend_on_order():
-    wrong = np.array([0, 1, 0, 1])
-    assert area_under_risk_coverage(np.full(4, .5), wrong) == area_under_risk_coverage(np.full(4, .5), wrong[::-1]) == .5
 
 
 def test_interval():

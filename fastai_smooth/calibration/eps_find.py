@@ -27,7 +27,7 @@ from torch import nn
 
 from ..callback import LabelSmoothing
 from .metrics import users_loss
-from .predictions import DEFAULT, WATCHING, Predictions, _Collect, beside
+from .predictions import DEFAULT, WATCHING, _Collect, beside
 from .temperature import cross_fit, folds_of
 from ..distributions import Distribution
 from ..losses import MultiTargetLoss

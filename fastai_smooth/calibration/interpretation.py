@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 
 from .metrics import AURC, ECE, confidence_of
-from .predictions import FIGURES, Predictions, beside, gather, kept_modes
+from .predictions import Predictions, beside, gather, kept_modes
 from .temperature import cross_fit, fit_temperature
 
 # %% ../../nbs/05c_interpretation.ipynb #919cf16b
