@@ -1,9 +1,14 @@
 "The metrics against loops, scikit-learn and torchmetrics, on single, soft and several labels and masks"
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401  (gives the Learner `no_bar`)
 import numpy as np
 import pytest
+import stream_masks
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
@@ -249,3 +254,19 @@ def test_training_metrics_know_the_users_loss(loss, cbs):
     plain = nn.functional.binary_cross_entropy_with_logits(z, y) if binary else nn.functional.cross_entropy(z, y)
     np.testing.assert_allclose(got['train_nll'], plain.item(), rtol=1e-5)
     assert 0 <= got['train_ece'] <= 1 and 0 <= got['valid_ece'] <= 1
+
+
+def test_many_masks_take_little_memory():
+    "Streaming over big masks: what it needs does not grow with them, and the figures are those of all pixels at once"
+    script = Path(__file__).parent/'stream_masks.py'
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '1000000'}  # big tensors go back to the system at once
+    growth, ece, classwise, _, nll, _ = map(float, subprocess.run([sys.executable, '-W', 'ignore', str(script), '12'], env=env, capture_output=True,
+                                                                  text=True, check=True).stdout.split())
+    assert growth < 200
+    z, y = (torch.stack(t) for t in zip(*(stream_masks.Masks(12)[i] for i in range(12))))
+    z, y = z.movedim(1, -1)[y != -100].double(), y[y != -100]
+    assert ece == pytest.approx(multiclass_calibration_error(z.softmax(1), y, 4, 15, 'l1').item(), abs=1e-6)
+    assert nll == pytest.approx(log_loss(y, z.softmax(1)), abs=1e-6)
+    p, per_class = z.softmax(1), []
+    for k in range(4): per_class.append(binary_calibration_error(p[:, k], (y == k).long(), 15).item())
+    assert classwise == pytest.approx(np.mean(per_class), abs=1e-6)

@@ -13,7 +13,7 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoin
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path):
-    code = f"from nbdev.test import test_nb; import sys; ok, _ = test_nb({str(path)!r}, basepath={str(ROOT)!r}); sys.exit(not ok)"
+    code = f"from nbdev.test import test_nb; import sys; ok, _ = test_nb({str(path)!r}, basepath={str(ROOT)!r}, skip_flags=['slow']); sys.exit(not ok)"
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}  # two threads get in each other's way as soon as anything else runs
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT, env=env)
     assert res.returncode == 0, res.stderr[-3000:]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from learners import expected_loss, make_learner, truth_of
 from torch.nn import functional as F
-from two_processes import EPS, LR
+from two_processes import EPS, LR, all_metrics
 
 
 def launch(out, kind, mixers):
@@ -78,3 +78,13 @@ def test_online_smoothing_learns_from_both(tmp_path):
         matrix = np.array([s/c if c else np.full(4, 1/4) for s, c in zip(sums, counts)])
     np.testing.assert_allclose(ranks[0]['matrix'], matrix, atol=1e-6)
     assert abs(matrix-1/4).max() > .01
+
+
+@pytest.mark.parametrize('kind', ['index', 'mask'])
+def test_metrics_are_those_of_all_examples(kind, tmp_path):
+    "23 examples in batches of 4 on two processes: the last ones are padded, and must not count twice"
+    ranks = launch(tmp_path, kind, 'metrics')
+    learn = make_learner(kind, n=23, bs=4, metrics=all_metrics())
+    for p, last in zip(learn.model.parameters(), ranks[0]['last']): p.data.copy_(last)
+    with learn.no_bar(): expected = learn.validate()
+    for r in ranks: np.testing.assert_allclose(r['valid'][-1][2:], expected[1:], rtol=1e-5)

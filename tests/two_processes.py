@@ -12,6 +12,7 @@ from fastai.optimizer import SGD
 from fastcore.basics import patch
 from learners import Look, make_learner
 
+from fastai_smooth.calibration import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE
 from fastai_smooth.callback import LabelSmoothing, OneOf, TimmMix
 from fastai_smooth.distributions import Online
 from fastai_smooth.losses import LabelSmoothingCrossEntropy
@@ -27,6 +28,9 @@ def _broadcast(self: fd.DistributedDL, t, rank):
     return t.tolist()
 
 
+def all_metrics(): return [ECE(), AdaptiveECE(), ClasswiseECE(), MCE(), NLL(), Brier(), AURC(), AURC('logit_norm')]
+
+
 class Weights(Callback):
     "The weights before each step, and the gradients that were used"
     order, run_valid = 95, False
@@ -37,10 +41,11 @@ class Weights(Callback):
 def main(out, kind, mixers):
     torch.set_num_threads(1)
     cbs = {'none': [], 'both': [MixUp(), CutMix()], 'oneof': [OneOf(MixUp(), CutMix(), p=[.5, .3])], 'timm': [TimmMix(.8, 1., mode='elem')],
-           'mixup': [MixUp()], 'online': [MixUp()]}[mixers]
+           'mixup': [MixUp()], 'online': [MixUp()], 'metrics': []}[mixers]
     dist = Online(4) if mixers == 'online' else None
     loss = LabelSmoothingCrossEntropy(0., axis=1) if kind == 'one_hot' else None
-    learn = make_learner(kind, loss, [LabelSmoothing(EPS, dist), *cbs, Look(), Weights()], bs=4, opt_func=SGD)
+    learn = make_learner(kind, loss, [LabelSmoothing(EPS, dist), *cbs, Look(), Weights()], bs=4, opt_func=SGD,
+                         **(dict(n=23, metrics=all_metrics()) if mixers == 'metrics' else {}))
     loss = learn.loss_func
     with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
         torch.manual_seed(10+fd.rank_distrib()) # each process mixes its own way
