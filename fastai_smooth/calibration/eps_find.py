@@ -27,7 +27,7 @@ from torch import nn
 
 from ..callback import LabelSmoothing
 from .metrics import users_loss
-from .predictions import DEFAULT, WATCHING, _Collect, beside
+from .predictions import DEFAULT, _Collect, beside, copied_model, is_watching
 from .temperature import cross_fit, folds_of
 from ..distributions import Distribution
 from ..losses import MultiTargetLoss
@@ -85,7 +85,7 @@ class _Heads(nn.Module):
     "A frozen body and several heads, each of which draws the same random numbers"
     def __init__(self, model, n_body, n_heads):
         super().__init__()
-        model = copy.deepcopy(model)
+        model = copied_model(model)
         children = list(model.children())
         self.body,head = nn.Sequential(*children[:n_body]),nn.Sequential(*children[n_body:])
         self.heads = nn.ModuleList([head, *(copy.deepcopy(head) for _ in range(n_heads-1))])
@@ -223,7 +223,7 @@ def eps_find(self:Learner,
     "Find how much to smooth: train briefly with each strength from the present weights, at `learn.lr`, and compare. The learner stays as it was"
     strengths,randomness = check_arguments(self, eps, dist, metric, n_epoch, folds),_Randomness(self.dls)
     n_body = frozen_part(self.model)
-    trained = [cb for cb in self.cbs if joins_in(cb) and not isinstance(cb, DEFAULT) and not type(cb).__module__.startswith(WATCHING)]
+    trained = [cb for cb in self.cbs if joins_in(cb) and not isinstance(cb, DEFAULT) and not is_watching(cb)]
     hinder = next((cb for cb in trained if in_the_step(cb)), None)
     if n_body and hinder is not None:
         print(f"{type(hinder).__name__} takes part in each step, so every strength is trained on its own rather than all in one pass.")
@@ -243,7 +243,7 @@ def eps_find(self:Learner,
         collected = []
         for run in runs:
             randomness.restore()
-            model = _Heads(self.model, n_body, len(run)) if together else copy.deepcopy(self.model)
+            model = _Heads(self.model, n_body, len(run)) if together else copied_model(self.model)
             new = beside(self, model, copy.deepcopy(users_loss(self.loss_func)), joins_in)
             if together:
                 new.splitter = lambda m: [[p for p in m.heads.parameters() if p.requires_grad]]

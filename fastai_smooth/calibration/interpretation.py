@@ -8,6 +8,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/interpretation.html.md"""
 __all__ = ['CalibrationInterpretation']
 
 # %% ../../nbs/05c_interpretation.ipynb #b86d7547
+from numbers import Integral
+
 import numpy as np
 import pandas as pd
 import torch
@@ -74,6 +76,7 @@ class CalibrationInterpretation:
         vocab = getattr(learn.dls, 'vocab', None)
         try: vocab = list(vocab)
         except TypeError: vocab = None
+        if vocab and not isinstance(vocab[-1], str) and hasattr(vocab[-1], '__len__'): vocab = list(vocab[-1]) # one per part of the batch: that of the targets
         return cls(gather(learn, dl, ds_idx, act), vocab, learn)
 
     def __repr__(self): return f'CalibrationInterpretation({self.predictions!r})'
@@ -84,19 +87,22 @@ class CalibrationInterpretation:
         seed:int=0, # Of the samples
     )->pd.Series: # accuracy, nll, ece, adaptive_ece, classwise_ece, mce, brier, aurc, each followed by `_low` and `_high`
         "All figures with 95% bootstrap intervals, in which whole examples are drawn: the pixels of a mask stay together"
-        own,g = self.predictions.figures(),torch.Generator().manual_seed(seed)
-        order = torch.argsort(self.predictions.example, stable=True)
-        counts = torch.unique_consecutive(self.predictions.example[order], return_counts=True)[1]
+        own,g,rows = self.predictions.figures(),torch.Generator().manual_seed(seed),self.predictions
+        if len(rows) > 2**17: rows = rows[torch.randperm(len(rows), generator=g)[:2**17]] # of many pixels, a sample is enough for the intervals
+        order = torch.argsort(rows.example, stable=True)
+        counts = torch.unique_consecutive(rows.example[order], return_counts=True)[1]
         starts = counts.cumsum(0)-counts
         drawn = []
         for _ in range(n_boot):
             chosen = torch.randint(len(counts), (len(counts),), generator=g)
             n = counts[chosen] # the rows of these examples, one after the other
             within = torch.arange(int(n.sum())) - (n.cumsum(0)-n).repeat_interleave(n)
-            drawn.append(self.predictions[order[starts[chosen].repeat_interleave(n)+within]].figures())
+            drawn.append(rows[order[starts[chosen].repeat_interleave(n)+within]].figures())
         res = {}
         for name, value in own.items():
-            low,high = np.quantile([d[name] for d in drawn], [.025, .975]) if drawn else (np.nan, np.nan)
+            low,middle,high = np.quantile([d[name] for d in drawn], [.025, .5, .975]) if drawn else (np.nan, np.nan, np.nan)
+            if name.endswith(('ece', 'mce')): # samples with repetitions look worse calibrated than the data: take that off again
+                low,high = np.clip((low-middle+value, high-middle+value), 0, 1)
             res.update({name: value, f'{name}_low': float(low), f'{name}_high': float(high)})
         return pd.Series(res)
 
@@ -144,7 +150,7 @@ class CalibrationInterpretation:
     def class_number(self, c):
         "The number of a class that is given by number or name"
         if str(c) in self.vocab: return self.vocab.index(str(c))
-        if isinstance(c, int) and 0 <= c < len(self.vocab): return c
+        if isinstance(c, Integral) and 0 <= c < len(self.vocab): return c
         raise ValueError(f"There is no class {c!r}: the classes are {', '.join(self.vocab[:10])}{', ...' if len(self.vocab) > 10 else ''}.")
 
     def plot_reliability(self,

@@ -34,17 +34,41 @@ def kind_of_loss(
     loss = users_loss(loss)
     func = getattr(loss, 'func', loss)
     names = {c.__name__ for c in (*type(loss).__mro__, *type(func).__mro__)}
-    axis,ignore,binary = getattr(loss, 'axis', None),getattr(loss, 'ignore_index', getattr(func, 'ignore_index', -100)),bool(names & {*BINARY})
+    inner = loss.leaves()[0] if hasattr(loss, 'leaves') else loss # what a combined loss is made of
+    axis,ignore = getattr(loss, 'axis', getattr(inner, 'axis', None)),getattr(inner, 'ignore_index', getattr(func, 'ignore_index', -100))
+    binary = bool(names & {*BINARY})
     if axis is None: axis = 1 if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)) else -1
     if isinstance(func, (nn.BCEWithLogitsLoss,)): act = lambda z, axis: z.sigmoid()
     elif isinstance(func, nn.BCELoss): act = lambda z, axis: z
     elif isinstance(func, nn.CrossEntropyLoss): act = lambda z, axis: z.softmax(axis)
     elif isinstance(func, nn.NLLLoss): act = lambda z, axis: z.exp()
     elif type(loss).__name__ == 'BinaryCrossEntropy': act = lambda z, axis: z.sigmoid()
+    elif names & {'LabelSmoothingCrossEntropy', 'SoftTargetCrossEntropy'} and type(func).__module__.startswith(('fastai.', 'timm.')):
+        act = lambda z, axis: z.softmax(axis) # fastai's takes the last dimension whatever its axis, timm's says nothing
     elif callable(getattr(loss, 'activation', None)) and not (isinstance(loss, BaseLoss) and type(loss).activation is BaseLoss.activation):
         act = lambda z, axis: loss.activation(z)
     else: act = None
     return act,axis,-100 if ignore is None else ignore,binary
+
+def form_of(
+    act, # From rows of predictions in float64 to probabilities
+    k:int, # Number of classes
+    device=None, # Of the predictions
+)->str: # 'softmax', 'sigmoid', 'exp' (log-probabilities), 'probability' or 'other'
+    "What an activation does, as seen on a few numbers"
+    probe = torch.linspace(-2, 2, 2*k, dtype=torch.float64, device=device).flip(0).view(2, -1)
+    same = dict(sigmoid=probe.sigmoid(), softmax=probe.softmax(1), exp=probe.exp(), probability=probe)
+    try: p = act(probe)
+    except Exception: return 'other' # an activation that takes nothing but probabilities
+    return next((name for name, v in same.items() if v.shape == p.shape and torch.allclose(p.to(v), v)), 'other')
+
+def sums_to_one(p, binary):
+    "Exclusive probabilities, otherwise ValueError; nan passes"
+    if not binary and ((p.sum(1)-1).abs() > 1e-3).any():
+        total = p.sum(1)
+        raise ValueError(f"The activation gives probabilities that sum to {total[(total-1).abs() > 1e-3][0].item():g} over the classes: pass act= to say how "
+                         "predictions become probabilities, such as act=partial(torch.softmax, dim=1).")
+    return p
 
 class Rows:
     "Predictions and targets of a batch, one row per position, without what is ignored"
@@ -67,24 +91,32 @@ def as_rows(
         if not isinstance(t, Tensor): raise ValueError(f"{name} must be one tensor, but are a {type(t).__name__}: of several targets score one at a time.")
     z,y = (t.detach().as_subclass(Tensor) for t in (pred, y))
     if not z.is_floating_point(): raise ValueError(f"Predictions must be floating, but have the dtype {z.dtype}.")
-    binary |= act is torch.sigmoid or act is Tensor.sigmoid
-    if binary: axis = -1
+    shape = z.shape
+    if len(shape) > 2 and shape[1] == 1 and (binary or shape[axis] == 1): axis = 1 # a question per pixel
+    elif binary and not -len(shape) <= axis < len(shape): axis = -1
     activation = act if act is not None else lambda t: known(t, axis)
     def on_rows(rows): # the activation may count on the dimensions of the predictions
-        if z.ndim == 1: return activation(rows[:,0])[:,None]
-        dims = [1]*z.ndim
+        if len(shape) == 1: return activation(rows[:,0])[:,None]
+        dims = [1]*len(shape)
         dims[0],dims[axis] = rows.shape
         return activation(rows.reshape(dims)).reshape(rows.shape)
+    if not binary and -len(shape) <= axis < len(shape): binary = form_of(on_rows, shape[axis] if len(shape) > 1 else 1, z.device) == 'sigmoid'
     if binary:
-        shape = (-1, z.shape[-1]) if z.ndim > 1 else (-1, 1)
+        if len(shape) == 1: z = z[:,None]
+        z = z.movedim(axis, -1)
+        k = z.shape[-1]
         if y.numel() == z.numel():
-            q = y.reshape(z.shape).double()
-            if not y.is_floating_point(): q = q.masked_fill((y == ignore).reshape(q.shape), torch.nan)
-        elif not y.is_floating_point() and y.numel()*z.shape[-1] == z.numel(): # class indices treated as a set of one label
-            q = torch.zeros(z.shape, dtype=torch.float64, device=z.device).scatter_(-1, y.reshape(*z.shape[:-1], 1).clamp(min=0), 1.)
-            q = q.masked_fill((y == ignore).reshape(*z.shape[:-1], 1), torch.nan)
-        else: raise ValueError(f"Targets of shape {tuple(y.shape)} do not fit predictions of shape {tuple(z.shape)}.")
-        z,q = z.reshape(shape),q.reshape(shape)
+            q = (y.reshape(shape).movedim(axis, -1) if len(shape) > 1 else y.reshape(-1, 1)).double()
+            if not y.is_floating_point(): q = q.masked_fill(q == ignore, torch.nan)
+        elif not y.is_floating_point() and y.numel()*k == z.numel(): # class indices treated as a set of one label
+            y = y.reshape(*z.shape[:-1], 1)
+            bad = (y != ignore) & ((y < 0) | (y >= k))
+            if bad.any(): raise ValueError(f"Label {int(y[bad][0])} is outside [0, {k}) for {k} classes.")
+            q = torch.zeros(z.shape, dtype=torch.float64, device=z.device).scatter_(-1, y.clamp(min=0), 1.).masked_fill(y == ignore, torch.nan)
+        else: raise ValueError(f"Targets of shape {tuple(y.shape)} do not fit predictions of shape {tuple(shape)}.")
+        z,q = z.reshape(-1, k),q.reshape(-1, k)
+        wrong = (q < 0) | (q > 1)
+        if wrong.any(): raise ValueError(f"Targets of several labels lie in [0, 1] (nan: unknown), but one is {q[wrong][0].item():g}.")
         return Rows(z, q, example_of(len(z), len(pred), z.device), on_rows, True, axis)
     if not -z.ndim <= axis < z.ndim or z.ndim < 2: raise ValueError(f"Predictions of shape {tuple(z.shape)} have no classes at axis {axis}.")
     k = z.shape[axis]
@@ -92,6 +124,7 @@ def as_rows(
     rows = lambda t: t.movedim(axis, -1).reshape(-1, k)
     if y.is_floating_point() and y.shape == z.shape:
         q,z = rows(y.double()),rows(z)
+        if (q < 0).any(): raise ValueError(f"Dense targets are shares of the classes, but one is {q[q < 0][0].item():g}.")
         mass = q.sum(1, keepdim=True)
         kept = mass[:,0] > 0
         q = q/mass.clamp(min=1e-300)
@@ -121,7 +154,7 @@ def probabilities(
     "The probabilities of a batch, see `as_rows`"
     rows = as_rows(pred, y, loss, act)
     z = rows.z.double()
-    return rows.act(z),rows.q,z,rows.binary
+    return sums_to_one(rows.act(z), rows.binary),rows.q,z,rows.binary
 
 def confidence_of(
     p:Tensor, # From `probabilities`

@@ -9,6 +9,7 @@ __all__ = ['FIGURES', 'Predictions', 'rescale', 'gather']
 
 # %% ../../nbs/05a_predictions.ipynb #b44e6ba2
 import copy
+from numbers import Integral
 
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -17,15 +18,28 @@ from fastai.learner import CastToTensor, Learner, Recorder
 from fastcore.foundation import L
 from torch import Tensor
 
-from .metrics import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, as_rows
+from .metrics import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, as_rows, form_of, sums_to_one
 
 # %% ../../nbs/05a_predictions.ipynb #7374d91f
 DEFAULT = TrainEvalCallback, Recorder, CastToTensor, ProgressCallback # what every learner has
 WATCHING = tuple(f'fastai.callback.{m}' for m in 'progress tracker tensorboard wandb neptune comet azureml captum hook'.split()) # what writes, draws or stops
 
+def without_graphs(*objects):
+    "What `deepcopy` needs to know of tensors in the middle of a graph, which it refuses: a memo with copies of their values"
+    values = [t for o in objects for v in vars(o).values() for t in (v if isinstance(v, (list, tuple)) else [v])]
+    return {id(t): t.detach().clone() for t in values if isinstance(t, Tensor) and not t.is_leaf}
+
+def copied_model(model):
+    "A deep copy of a model; some of torch's recurrent layers keep their weights of the last batch"
+    return copy.deepcopy(model, without_graphs(*model.modules()))
+
+def is_watching(cb):
+    "Whether a callback writes, draws or stops, rather than taking part"
+    return any(c.__module__.startswith(WATCHING) for c in type(cb).__mro__)
+
 def copied(cb, learn, new):
     "A copy of a callback that belongs to another learner"
-    memo = {id(learn): new, id(learn.dls): learn.dls, id(learn.model): new.model, id(learn.loss_func): new.loss_func, id(learn.opt): None}
+    memo = without_graphs(cb) | {id(learn): new, id(learn.dls): learn.dls, id(learn.model): new.model, id(learn.loss_func): new.loss_func, id(learn.opt): None}
     try: return copy.deepcopy(cb, memo)
     except Exception as e: raise ValueError(f"The callback {cb!r} cannot be copied ({type(e).__name__}: {e}), which working beside the learner needs: "
                                             "remove it for the time being.") from e
@@ -43,7 +57,7 @@ def beside(
     new.add_cbs([TrainEvalCallback(), Recorder(), CastToTensor()])
     new('after_create')
     for cb in learn.cbs:
-        if not isinstance(cb, DEFAULT) and not type(cb).__module__.startswith(WATCHING) and wanted(cb): new.add_cb(copied(cb, learn, new))
+        if not isinstance(cb, DEFAULT) and not is_watching(cb) and wanted(cb): new.add_cb(copied(cb, learn, new))
     return new
 
 class kept_modes:
@@ -67,8 +81,8 @@ class Predictions:
         axis:int=-1, # Class dimension of the model's predictions
     ):
         self.z,self.q,self.example,self.act,self.binary,self.axis = z,q,example,act,binary,axis
-        if not len(z): raise ValueError("There is nothing to score: no example, or every label is ignored.")
-        self.p = act(z.double())
+        if not len(z) or q.isnan().all(): raise ValueError("There is nothing to score: no example, or every label is ignored.")
+        self.p = sums_to_one(act(z.double()), binary)
         if self.p.isnan().any(): raise ValueError(f"The prediction for the example {int(example[self.p.isnan().any(1)][0])} is nan: look for what went "
                                                   "wrong in training before asking how well calibrated it is.")
 
@@ -91,13 +105,10 @@ class Predictions:
         return new
 
     @property
-    def form(self)->str: # 'softmax', 'sigmoid', 'exp' (log-probabilities), 'probability' or 'other'
-        "What the activation does, as seen on a few numbers"
-        probe = torch.linspace(-2, 2, 2*self.z.shape[1], dtype=torch.float64, device=self.z.device).flip(0).view(2, -1)
-        same = dict(softmax=probe.softmax(1), sigmoid=probe.sigmoid(), exp=probe.exp(), probability=probe)
-        try: p = self.act(probe)
-        except Exception: return 'other' # an activation that takes nothing but probabilities
-        return next((name for name, v in same.items() if v.shape == p.shape and torch.allclose(p, v)), 'other')
+    def form(self)->str: # 'softmax', 'sigmoid', 'exp' (log-probabilities), 'probability' (of a yes), 'shares' (probabilities of the classes) or 'other'
+        "What the predictions are"
+        form = form_of(self.act, self.z.shape[1], self.z.device)
+        return 'shares' if form == 'probability' and not self.binary else form
 
     def scaled(self,
         temperature, # A number, one per label (K,), or one per row (M, 1)
@@ -107,6 +118,18 @@ class Predictions:
         new.z = rescale(self.z.double(), temperature, self.form, 1)
         new.p = self.act(new.z)
         return new
+
+    def nll_at(self)->callable: # From a temperature to a number
+        "The negative log-likelihood as a function of a temperature"
+        z,form = self.z.double(),self.form
+        if self.binary and form == 'sigmoid' and z.isfinite().all():
+            known = ~self.q.isnan()
+            z,mean_true = z[known],(self.q[known]*z[known]).mean()
+            return lambda t: (torch.nn.functional.softplus(z/t).mean()-mean_true/t).item()
+        if not self.binary and form in ('softmax', 'exp'):
+            mean_true = torch.where(self.q > 0, self.q*z, 0.).sum(1).mean() # a class that is ruled out, with the logit -inf, may be
+            if mean_true.isfinite(): return lambda t: ((z/t).logsumexp(1).mean()-mean_true/t).item()
+        return lambda t: self.scaled(t).figures(['nll'])['nll']
 
     def right(self)->Tensor: # (M,), or one per known entry
         "How right each decision is: the share of the target at the most probable class, or whether p > ½ says what the label says"
@@ -136,6 +159,7 @@ def rescale(
     axis:int, # Class dimension
 )->Tensor: # Predictions of the same form, softer for a temperature above 1
     "Divide logits by a temperature: $\\mathrm{softmax}(z/T)$. What are probabilities already is brought back to logits and returned as probabilities"
+    if form == 'shares': return (z.log()/temperature).softmax(axis)
     if form == 'probability': return (z.logit()/temperature).sigmoid()
     return (z/temperature).log_softmax(axis) if form == 'exp' else z/temperature
 
@@ -159,7 +183,7 @@ class _Collect(Callback):
         "Add a batch"
         rows = as_rows(pred, y, self.learn.loss_func, self.act)
         if self.share is None: # of the rows that there will be, as many as fit
-            expected = self.learn.n_iter*max(rows.z.numel(), 1)
+            expected = self.learn.n_iter*max(pred.numel(), 1)
             self.share = min(1., self.max_elements/expected)
         if self.share < 1:
             chosen = (torch.rand(len(rows.z), generator=self.generator) < self.share).to(rows.z.device)
@@ -186,12 +210,15 @@ def gather(
     if dl is None:
         if len(learn.dls.loaders) <= ds_idx: raise ValueError(f"The learner has no data loader {ds_idx}: pass dl=.")
         dl = learn.dls[ds_idx]
+    try: n = len(dl)
+    except TypeError: n = None
+    if n == 0: raise ValueError("The data loader gives no batches.")
     if hasattr(dl, 'new') and (getattr(dl, 'shuffle', False) or getattr(dl, 'drop_last', False)): dl = dl.new(shuffle=False, drop_last=False)
     order = None
     if hasattr(dl, 'get_idxs'): # some loaders sort
         order = list(dl.get_idxs())
         dl = dl.new(get_idxs=_Constant(order))
-        if not all(isinstance(i, int) for i in order): order = None
+        order = [int(i) for i in order] if all(isinstance(i, Integral) for i in order) else None
     new,cb = beside(learn, learn.model),_Collect(act, max_elements)
     if any(isinstance(c, ProgressCallback) for c in learn.cbs): new.add_cb(ProgressCallback())
     with kept_modes(learn.model): new.validate(dl=dl, cbs=[cb])

@@ -11,28 +11,32 @@ __all__ = ['LOWEST', 'HIGHEST', 'fit_temperature', 'folds_of', 'cross_fit', 'Sca
 import copy
 import math
 import warnings
+from functools import partial
 
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from fastcore.basics import noop
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from .metrics import users_loss
-from .predictions import Predictions, beside, gather, rescale
+from .predictions import Predictions, beside, copied_model, gather, rescale
 
 # %% ../../nbs/05b_temperature.ipynb #0db1fadf
 LOWEST,HIGHEST = .01,100.
 
 def _coldest(predictions):
     "The temperature with the least negative log-likelihood"
-    f = lambda log_t: predictions.scaled(math.exp(log_t)).figures(['nll'])['nll']
+    nll = predictions.nll_at()
+    f = lambda log_t: nll(math.exp(log_t))
     grid = torch.linspace(math.log(LOWEST), math.log(HIGHEST), 13, dtype=torch.float64).tolist()
     values = [f(x) for x in grid]
     i = min(range(len(grid)), key=values.__getitem__)
     best = minimize_scalar(f, bounds=(grid[max(i-1, 0)], grid[min(i+1, len(grid)-1)]), method='bounded', options=dict(xatol=1e-7))
     log_t = min([(best.fun, best.x), (values[i], grid[i])])[1]
-    return math.exp(log_t)
+    return min(max(math.exp(log_t), LOWEST), HIGHEST)
 
 def fit_temperature(
     predictions:Predictions # Of held-out data
@@ -79,6 +83,14 @@ def cross_fit(
     return predictions.scaled(each),temperatures
 
 # %% ../../nbs/05b_temperature.ipynb #2be01e72
+def _double_sigmoid(z): return z.double().sigmoid()
+
+class _AsBefore:
+    "Decodes calibrated probabilities as a loss did before, if it asks for more than which is the largest"
+    def __init__(self, loss, temperature, axis): self.loss,self.temperature,self.axis = loss,temperature,axis
+    def __call__(self, p): return self.loss.decodes((p.log()*self.temperature).softmax(self.axis))
+
+# %% ../../nbs/05b_temperature.ipynb #0e340f2d
 class ScaledModel(nn.Module):
     "A model whose logits are divided by a temperature"
     def __init__(self,
@@ -88,14 +100,17 @@ class ScaledModel(nn.Module):
         axis:int=-1, # Class dimension
     ):
         super().__init__()
+        self.register_buffer('temperature', torch.as_tensor(temperature, dtype=torch.float32)) # before the model, which may have one itself
         self.model,self.form,self.axis = model,form,axis
-        self.register_buffer('temperature', torch.as_tensor(temperature, dtype=torch.float32))
 
     def forward(self, *args, **kwargs):
         out = self.model(*args, **kwargs)
         z = out if isinstance(out, Tensor) else out[0]
-        z = rescale(z, self.temperature.to(z.dtype), self.form, self.axis)
-        return z if isinstance(out, Tensor) else type(out)([z, *out[1:]])
+        t = self.temperature.to(z.dtype)
+        if t.ndim and z.ndim > 1: t = t.view([-1]+[1]*(z.ndim-1-self.axis % z.ndim))
+        z = rescale(z, t, self.form, self.axis)
+        if isinstance(out, Tensor): return z
+        return type(out)(z, *out[1:]) if hasattr(out, '_fields') else type(out)([z, *out[1:]])
 
     def __getattr__(self, name): # such as `reset` of a recurrent network
         try: return super().__getattr__(name)
@@ -132,7 +147,9 @@ class TemperatureScaling:
         t = fit_temperature(predictions)
         before,after = (p.figures(['nll', 'ece']) for p in (predictions, predictions.scaled(t)))
         self.temperature,self.before,self.after = t,before,after
-        new = beside(learn, ScaledModel(copy.deepcopy(learn.model), t, predictions.form, predictions.axis), self.loss(t))
+        new = beside(learn, ScaledModel(copied_model(learn.model), t, predictions.form, predictions.axis), self.loss(predictions, t))
+        if isinstance(learn.opt_func, OptimWrapper): new.opt_func = partial(OptimWrapper, opt=type(learn.opt_func.opt)) # it was tied to the other model
+        if new.logger is noop: new.logger = print # calibrating without logging does not mean never to log
         if any(isinstance(c, ProgressCallback) for c in learn.cbs): new.add_cb(ProgressCallback())
         new.temperature = t
         new._metrics = copy.deepcopy(learn._metrics)
@@ -144,11 +161,19 @@ class TemperatureScaling:
         train = loaders[0] if len(loaders) else None
         return dl is train or (train is not None and getattr(dl, 'dataset', None) is not None and dl.dataset is getattr(train, 'dataset', None))
 
-    def loss(self, t):
+    def loss(self, predictions, t):
         "The loss of the calibrated learner: it says the same activation, and decides as before"
         loss = copy.deepcopy(users_loss(self.learn.loss_func))
-        thresh = getattr(loss, 'thresh', None)
-        if isinstance(t, Tensor) and thresh is not None: # p > thresh as before: the threshold moves with the probabilities
-            thresh = torch.as_tensor(thresh, dtype=torch.float64)
-            if (thresh != .5).any(): loss.thresh = (thresh.logit()/t).sigmoid().float()
+        decodes = getattr(loss, 'decodes', None)
+        parts = {id(part): part for part in [loss, *(loss.leaves() if hasattr(loss, 'leaves') else [])]}.values()
+        for part in parts if predictions.binary else []:
+            thresh = getattr(part, 'thresh', None)
+            if thresh is None: continue
+            at = torch.as_tensor(thresh, dtype=torch.float64).logit()/t # p > thresh as before: the threshold moves with the probabilities
+            if (at != 0).any(): part.thresh = at.sigmoid().float()
+            if (at.abs() > 15).any(): part.thresh,loss.activation = at.sigmoid(),_double_sigmoid # single precision cannot tell these from 0 and 1
+        if not predictions.binary and decodes is not None:
+            try: moved = not torch.equal(decodes(predictions.p), decodes(predictions.scaled(t).p))
+            except (RuntimeError, IndexError): moved = False # decodes whole batches only: the most probable class
+            if moved: loss.decodes = _AsBefore(copy.deepcopy(loss), t, predictions.axis)
         return loss
