@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixHandler
 from fastai.callback.schedule import ParamScheduler
+from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
 from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, DiceLoss, FocalLoss
 from fastai.torch_core import get_model
@@ -216,7 +217,9 @@ class _TrainingLoss:
         if self.given is None: return
         self.learn.yb = self.given
         self.given = None
-        for head in self.heads: head.encoded = head.index = None
+        for head in self.heads:
+            head.encoded = head.index = None
+            for member in head.by_item: member.attend(None, None)
 
     def refresh(self):
         "Follow a change that somebody made to the user's loss in the middle of the pass, such as new class weights"
@@ -311,6 +314,20 @@ def validates_on_dense(dls):
     return isinstance(y, Tensor) and y.is_floating_point() and y.ndim > 0
 
 # %% ../nbs/04_callback.ipynb #aed31cf7
+def device_of(learn):
+    "Where the batches will be: where fastai's loaders put them, else where the model is"
+    device = getattr(learn.dls, 'device', None) if isinstance(learn.dls.loaders[0], DataLoader) else None
+    return device or next((p.device for p in learn.model.parameters()), torch.device('cpu'))
+
+class _NoSkips:
+    "Makes the items of a data loader whose numbers matter: none of them may be skipped"
+    def __init__(self, do_item): self.do_item = do_item
+    def __call__(self, i):
+        res = self.do_item(i)
+        if res is None:
+            raise ValueError(f"The data set skips the item {i}, and stored predictions go by the number of the item: leave such items out beforehand.")
+        return res
+
 def batch_items(learn, n):
     "Which items of the training set make up the current batch of `n`: fastai's loader keeps their order while it is iterated"
     dl = learn.dl
@@ -427,6 +444,10 @@ class LabelSmoothing(TrainingPassCallback):
     def around_train(self, learn):
         outer,old = self._pass,learn.loss_func
         self._pass = learn.loss_func = self.training_loss(learn)
+        by_item = any(head.by_item for head in self._pass.heads) and isinstance(learn.dls.train, DataLoader)
+        dl = learn.dls.train if by_item else None
+        own = vars(dl).get('do_item') if dl is not None else None
+        if dl is not None: dl.do_item = _NoSkips(dl.do_item)
         if learn.train_iter == 0: self.log = [] # a new fit
         try:
             yield
@@ -436,6 +457,8 @@ class LabelSmoothing(TrainingPassCallback):
             raise
         finally:
             learn.loss_func = old
+            if dl is not None: vars(dl).pop('do_item')
+            if own is not None: dl.do_item = own
             self.put_back()
             self._pass = outer
             if self.log: self.show_log(learn)
@@ -469,7 +492,7 @@ class LabelSmoothing(TrainingPassCallback):
             head.dist = self.dists().get(head.target) if head.smooth else None
             if head.dist is None: continue
             if head.n_classes is not None: head.dist.check_classes(head.n_classes)
-            head.dist.to(learn.dls.device)
+            head.dist.to(device_of(learn))
             head.by_item = [m for m in head.dist.members() if m.needs_items]
             if head.by_item: self.check_items(head, learn)
         self.carry_state() # the model may be another one by now

@@ -12,6 +12,7 @@ __all__ = ['EMBEDDED', 'WORD_LENGTH', 'TABLES', 'TRAIN', 'VALID', 'digits_arrays
 # %% ../nbs/07_data.ipynb #7c252266
 import hashlib
 import importlib
+import os
 import pkgutil
 import random
 import tempfile
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders, Datasets
-from fastai.data.transforms import Categorize, IntToFloatTensor, MultiCategorize, Normalize, OneHotEncode, get_image_files
+from fastai.data.transforms import Categorize, IntToFloatTensor, MultiCategorize, Normalize, OneHotEncode, image_extensions
 from fastai.tabular.core import TabularPandas
 from fastai.torch_core import TensorBase, TensorImage, TensorImageBW, TensorMask, TensorMultiCategory
 from fastai.vision.core import AddMaskCodes
@@ -276,6 +277,27 @@ class ImageData:
         for part in (self.labels, self.images): h.update(np.ascontiguousarray(part))
         return h.hexdigest()[:16]
 
+# %% ../nbs/07_data.ipynb #0973601d
+def image_files(path):
+    "The image files below a folder, in order: without hidden ones, and each folder once, however many links lead to it"
+    found,seen = [],set()
+    for folder, names, files in os.walk(path, followlinks=True):
+        names[:] = sorted(n for n in names if not n.startswith('.') and (real := os.path.realpath(os.path.join(folder, n))) not in seen and not seen.add(real)
+                          and not os.path.realpath(folder).startswith(real+os.sep))
+        found += [Path(folder)/f for f in files if not f.startswith('.') and Path(f).suffix.lower() in image_extensions]
+    return sorted(found)
+
+def as_rgb(image):
+    "A PIL image in 8-bit colours; 16 bits and numbers between 0 and 1 are scaled, where Pillow would cut them off"
+    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
+        values = np.asarray(image, dtype=np.float64)
+        low,high = values.min(),values.max()
+        top = next((t for t in ((1., 255.) if image.mode == 'F' else (255., 65535.)) if 0 <= low and high <= t), None)
+        if top is None: raise ValueError(f"its values go from {low:g} to {high:g}, and nothing tells which of them is black and which white")
+        image = Image.fromarray(np.round(values*(255/top)).astype(np.uint8))
+    return image.convert('RGB')
+
+# %% ../nbs/07_data.ipynb #9c877350
 TRAIN,VALID = ('train', 'training'),('valid', 'val', 'validation', 'test')
 
 def folder_data(
@@ -286,11 +308,18 @@ def folder_data(
     "Read a folder of images. No images, one class, an image that cannot be read: ValueError that names the folder or the file"
     path = Path(path)
     if not path.is_dir(): raise ValueError(f"{path} is not a folder.")
-    files = sorted(f for f in get_image_files(path) if not any(p.startswith('.') for p in f.relative_to(path).parts))
+    files = image_files(path)
     if not files: raise ValueError(f"{path} holds no images: it needs a folder of images per class.")
     parts = [f.relative_to(path).parts[:-1] for f in files]
-    tops = {p[0] if p else '' for p in parts}
-    split = tops <= {*TRAIN, *VALID} and bool(tops & {*TRAIN}) and bool(tops & {*VALID})
+    tops = {p[0].lower() if p else '' for p in parts}
+    split = bool(tops & {*TRAIN})
+    if split:
+        valid = next((v for v in VALID if v in tops), None) # of valid and test, the first
+        if valid is None: raise ValueError(f"{path} has a folder for training but none with images for validation: name it {VALID[0]!r}.")
+        wrong = tops - {*TRAIN, *VALID}
+        if wrong: raise ValueError(f"{path} has folders for training and validation, and beside them {sorted(wrong)[0]!r}: take it away.")
+        files,parts = zip(*((f, p) for f, p in zip(files, parts) if p[0].lower() in (*TRAIN, valid)))
+        files,parts = list(files),list(parts)
     classes = ['/'.join(p[1:] if split else p) for p in parts]
     loose = next((f for f, c in zip(files, classes) if not c), None)
     if loose is not None: raise ValueError(f"{loose} is in no class: put each image into a folder with the name of its class.")
@@ -301,13 +330,13 @@ def folder_data(
     bar = progress_bar(range(len(files)), leave=False) if progress else range(len(files))
     for i in bar:
         try:
-            with Image.open(files[i]) as image: small = ImageOps.fit(ImageOps.exif_transpose(image).convert('RGB'), (size, size), Image.Resampling.BILINEAR)
+            with Image.open(files[i]) as image: small = ImageOps.fit(as_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BILINEAR)
         except Exception as e: # whatever the reader of a damaged file raises
-            raise ValueError(f"Cannot read the image {files[i]} ({type(e).__name__}): repair it or take it away.") from None
+            raise ValueError(f"Cannot read the image {files[i]} ({type(e).__name__}: {e}): repair it or take it away.") from None
         images[i] = np.asarray(small).transpose(2, 0, 1)
     data = ImageData(images, labels.astype(np.int64), vocab, files)
     if split:
-        train = np.array([p[0] in TRAIN for p in parts])
+        train = np.array([p[0].lower() in TRAIN for p in parts])
         missing = {*range(len(vocab))} - {*data.labels[train].tolist()}
         if missing: raise ValueError(f"{path} has no training images of the class {vocab[min(missing)]!r}.")
         data.split = np.flatnonzero(train),np.flatnonzero(~train)

@@ -639,14 +639,14 @@ class Teacher(Distribution):
         axis:int, # Class dimension
     )->Tensor: # Probabilities of the shape of the target
         "Softmax of the stored logits, mixed as the items were"
-        if self.batch is None: raise ValueError(f"{self!r} goes by the number of the item, which only the callback knows: use it with LabelSmoothing.")
-        items,weights = (t.to(q.device) for t in self.batch)
-        self.batch = None
+        if self.batch is None or self.batch[0] is None:
+            raise ValueError(f"{self!r} goes by the number of the item, which only the callback knows: use it with LabelSmoothing.")
+        items,weights = self.batch
         if items.numel() and int(items.max()) >= len(self.stored):
             raise ValueError(f"{self!r} has no predictions for the item {int(items.max())}: give one row per item of the training set.")
         p = 0.
-        for item, w in zip(items.unbind(1), weights.to(q.dtype).unbind(1)):
-            share = (self.stored.to(q)[item]/self.scale.to(q)).softmax(axis)
+        for item, w in zip(items.to(self.stored.device).unbind(1), weights.to(q).unbind(1)):
+            share = (self.stored[item].to(q)/self.scale.to(q)).softmax(axis)
             if share.shape != q.shape: raise ValueError(f"The stored predictions have the shape {tuple(share.shape)} for a target of shape {tuple(q.shape)}.")
             w = w.reshape(tuple(w.shape)+(1,)*(q.ndim-1-w.ndim)).unsqueeze(axis)
             p = p + w*share

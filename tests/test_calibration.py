@@ -88,12 +88,13 @@ ALL = [ECE, lambda: ECE(10, 'l2'), MCE, AdaptiveECE, ClasswiseECE, NLL, Brier, A
 def expected(z, q, bins=15):
     "All of them in loops, for logits and rows of targets"
     z, q = np.asarray(z, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    q = q/q.sum(1, keepdims=True)
     p = softmax(z)
+    nll = -(q*np.log(p)).sum()/q.sum()
+    q = q/q.sum(1, keepdims=True)
     conf, right = p.max(1).tolist(), [float(row[g]) for row, g in zip(q, p.argmax(1))]
     norm = lambda o: [float(r.max()/np.linalg.norm(r, o)) for r in z]
     return [ece_loop(conf, right), ece_loop(conf, right, 10, 'l2'), ece_loop(conf, right, norm='max'), adaptive_loop(conf, right),
-            np.mean([ece_loop(p[:, k].tolist(), q[:, k].tolist()) for k in range(p.shape[1])]), -(q*np.log(p)).sum(1).mean(), ((p-q)**2).sum(1).mean(),
+            np.mean([ece_loop(p[:, k].tolist(), q[:, k].tolist()) for k in range(p.shape[1])]), nll, ((p-q)**2).sum(1).mean(),
             aurc_loop(conf, right), aurc_loop(norm(2), right), aurc_loop(norm(4), right)]
 
 

@@ -164,7 +164,7 @@ def test_a_training_that_diverges_leaves_the_others(monkeypatch):
 
     def sometimes(self, order=None):
         count.append(1)
-        if len(count) == 2: self.kept = [(z*torch.nan, q, e) for z, q, e in self.kept]
+        if len(count) == 2: self.kept = [(z*torch.nan, *rest) for z, *rest in self.kept]
         return predictions(self, order)
     monkeypatch.setattr(finder._Collect, 'predictions', sometimes)
     table = make().eps_find(EPS, show_plot=False).table

@@ -109,3 +109,30 @@ def test_timm_body_on_colour(tmp_path):
     write_digits(tmp_path, 200)
     learn = Comparison(tmp_path, ('ls',), arch='resnet10t', size=32, epochs=1).learner('ls', 0)
     with torch.no_grad(): assert learn.model.eval()(learn.dls.one_batch()[0]).shape == (64, 10)
+
+
+def test_16_bits_links_and_capitals(tmp_path):
+    "Deep images are scaled, folders that link to themselves are read once, test images stay out of validation"
+    write_digits(tmp_path/'Train', 20, nested=False)
+    write_digits(tmp_path/'valid', 10, nested=False)
+    write_digits(tmp_path/'test', 10, nested=False)
+    (tmp_path/'Train'/'0'/'loop').symlink_to(tmp_path/'Train')
+    data = folder_data(tmp_path, 8, progress=False)
+    assert data.vocab == [str(i) for i in range(10)] and [len(s) for s in data.splits()] == [20, 10]
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    for name, values in (('a', ramp.astype(np.uint16)), ('b', (ramp/65535).astype(np.float32))):
+        (tmp_path/'deep'/name).mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path/'deep'/name/('x.png' if name == 'a' else 'x.tif'))
+    deep = folder_data(tmp_path/'deep', 8, progress=False)
+    for image in deep.images: np.testing.assert_allclose(image[0], ramp/257, atol=1)
+    Image.fromarray((ramp-9).astype(np.float32)).save(tmp_path/'deep'/'a'/'y.tif')
+    with pytest.raises(ValueError, match='y.tif.*black'): folder_data(tmp_path/'deep', 8, progress=False)
+
+
+@pytest.mark.parametrize('extra, words', [('docs', "'docs'"), (None, 'none with images for validation')])
+def test_half_a_split_is_told(extra, words, tmp_path):
+    write_digits(tmp_path/'train', 20, nested=False)
+    if extra:
+        write_digits(tmp_path/'valid', 10, nested=False)
+        write_digits(tmp_path/extra, 3, nested=False)
+    with pytest.raises(ValueError, match=words): folder_data(tmp_path, 8, progress=False)

@@ -66,7 +66,7 @@ def example(kind, n=90):
     z, y = single(n)
     p, q = softmax(z.double().numpy(), 1), np.eye(4)[y]
     if kind == 'soft':
-        soft = torch.distributions.Dirichlet(4*(z.double()/3).softmax(1)+.1).sample()*torch.rand(n, 1)
+        soft = torch.distributions.Dirichlet(4*(z.double()/3).softmax(1)+.1).sample()*.5
         return CalibrationInterpretation(Predictions.of(z, soft, LabelSmoothingCrossEntropy(.1))), p, (soft/soft.sum(1, True)).numpy(), numbers, False
     if kind == 'log': return CalibrationInterpretation(Predictions.of(z.log_softmax(1), y, LabelSmoothingNLL(.1))), p, q, numbers, False
     if kind == 'mask':

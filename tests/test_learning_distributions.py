@@ -428,7 +428,22 @@ def test_stored_predictions_that_cannot_be_found():
 
     learn = by_item(Teacher(torch.randn(N_ITEMS, K)), [])[0]
     learn.dls.train.after_item = skip_the_second
+    with pytest.raises(ValueError, match='skips the item'): fit(learn, 1)
+    assert learn.dls.train.do_item.__name__ == 'do_item', "the loader is as it was"
+    learn = by_item(Teacher(torch.randn(N_ITEMS, K)), [])[0]
+    plain = torch.utils.data.DataLoader(list(learn.dls.train_ds), batch_size=8)
+    smooth = LabelSmoothing(.1, Teacher(torch.randn(N_ITEMS, K)), n_classes=K)
+    learn = Learner(DataLoaders(plain, plain), learn.model, loss_func=CrossEntropyLossFlat(), cbs=smooth)
     with pytest.raises(ValueError, match='does not tell which items'): fit(learn, 1)
+    twice = Teacher(torch.randn(N_ITEMS, K))
+    fit(by_item(.5*twice + .5*twice, [])[0], 1)
+
+
+@pytest.mark.parametrize('dist', [Uniform(), ClassPrior([1, 2, 3, 4]), Online(4), Zipf()], ids=lambda d: type(d).__name__)
+def test_plain_torch_loaders(dist):
+    learn = by_item(dist, [])[0]
+    plain = torch.utils.data.DataLoader(list(learn.dls.train_ds), batch_size=8)
+    fit(Learner(DataLoaders(plain, plain), learn.model, loss_func=CrossEntropyLossFlat(), cbs=LabelSmoothing(.1, dist, n_classes=K)), 1)
 
 
 def test_stored_predictions_are_a_model_asked_beforehand(tmp_path):

@@ -27,7 +27,8 @@ LAYERS = {
     'calibration.temperature': {'calibration.metrics', 'calibration.predictions'},
     'calibration.interpretation': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature'},
     'calibration.eps_find': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature', 'callback', 'distributions', 'losses'},
-    'recipes': {'calibration', 'targets', 'distributions', 'kernels', 'losses', 'callback', 'noise', 'data'}, 'cli': {'recipes'}}
+    'recipes.models': set(), 'recipes.comparison': {'calibration', 'callback', 'data', 'distributions', 'noise', 'recipes.models'},
+    'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'recipes.models'}, 'cli': {'recipes'}}
 TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}
 
 

@@ -73,7 +73,8 @@ def is_trained(module):
 def frozen_part(model):
     "How many of the first children of a sequential model are frozen; 0 where that saves nothing"
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward: return 0
-    children = list(model.children())
+    if model._forward_hooks or model._forward_pre_hooks: return 0 # somebody looks at the whole
+    children = list(model._modules.values()) # each as often as it occurs
     n = next((i for i, c in enumerate(children) if is_trained(c)), 0)
     return n if any(True for c in children[:n] for _ in c.parameters()) else 0
 
@@ -86,10 +87,9 @@ class _Heads(nn.Module):
     def __init__(self, model, n_body, n_heads):
         super().__init__()
         model = copied_model(model)
-        children = list(model.children())
+        children = list(model._modules.values())
         self.body,head = nn.Sequential(*children[:n_body]),nn.Sequential(*children[n_body:])
         self.heads = nn.ModuleList([head, *(copy.deepcopy(head) for _ in range(n_heads-1))])
-        self.in_place = any(getattr(m, 'inplace', False) for m in head.modules())
 
     def forward(self, *xb):
         with torch.no_grad(): features = self.body(*xb)
@@ -97,13 +97,13 @@ class _Heads(nn.Module):
         state,out = device_randomness(device),[]
         for head in self.heads:
             restore_device(state, device)
-            out.append(head(features.clone() if self.in_place else features))
+            out.append(head(features.clone())) # a head may work in place
         return out
 
 class _Strengths(LabelSmoothing):
     "Label smoothing of several heads, each with its own strength"
-    def __init__(self, strengths, dist):
-        super().__init__(max(strengths), dist)
+    def __init__(self, strengths, dist, **settings):
+        super().__init__(max(strengths), dist, **settings)
         self.strengths = strengths
 
     def loss(self, loss, pred, yb, **kwargs):
@@ -227,13 +227,16 @@ def eps_find(self:Learner,
     hinder = next((cb for cb in trained if in_the_step(cb)), None)
     if n_body and hinder is not None:
         print(f"{type(hinder).__name__} takes part in each step, so every strength is trained on its own rather than all in one pass.")
-    together = n_body > 0 and hinder is None and is_plain(dist)
+    together = n_body > 0 and hinder is None and is_plain(dist) and isinstance(self.lr, Real) # a rate per group needs the learner's own groups
+    own = next((cb for cb in self.cbs if isinstance(cb, LabelSmoothing)), None) # its strength stands aside, what it says about the targets holds
+    settings = {n: getattr(own, n) for n in ('n_classes', 'axis', 'convention', 'target') if own is not None}
+    if dist is not None: settings.pop('convention', None)
     bar,done = None,[0]
     try:
         runs = [strengths] if together else [[e] for e in strengths]
         # a smoothing loss, a dist that does not fit, an unknown loss: refused by the callback, here rather than in the first training
         first = beside(self, nn.Identity(), copy.deepcopy(users_loss(self.loss_func)), joins_in)
-        checker = LabelSmoothing(max(strengths), copy.deepcopy(dist))
+        checker = LabelSmoothing(max(strengths), copy.deepcopy(dist), **settings)
         first.add_cb(checker)
         checker.training_loss(first)
         first.remove_cb(checker)
@@ -248,10 +251,10 @@ def eps_find(self:Learner,
             if together:
                 new.splitter = lambda m: [[p for p in m.heads.parameters() if p.requires_grad]]
                 collect = _CollectHeads(len(run), act)
-                new.add_cbs([_Strengths(run, copy.deepcopy(dist)), collect])
+                new.add_cbs([_Strengths(run, copy.deepcopy(dist), **settings), collect])
             else:
                 collect = _Collect(act, 2**27//len(strengths))
-                new.add_cbs([LabelSmoothing(run[0], copy.deepcopy(dist)), collect])
+                new.add_cbs([LabelSmoothing(run[0], copy.deepcopy(dist), **settings), collect])
             if bar is not None: new.add_cb(_Advance(bar, done))
             with new.no_logging(): new.fit(n_epoch)
             collected += collect.each if together else [collect]

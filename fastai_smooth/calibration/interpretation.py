@@ -133,7 +133,7 @@ class CalibrationInterpretation:
     # -- what is drawn
     def confidence(self):
         "Confidence and correctness of each prediction, as arrays"
-        return tuple(v.numpy() for v in confidence_of(self.predictions.p, self.predictions.q, self.predictions.binary))
+        return tuple(v.numpy() for v in confidence_of(self.predictions))
 
     def scores(self, p=2):
         "AURC and risks from the most confident on, by each score"
@@ -142,7 +142,7 @@ class CalibrationInterpretation:
         res = {}
         for name, metric in kinds.items():
             metric.reset()
-            metric.add(self.predictions.p, self.predictions.q, self.predictions.z.double(), self.predictions.binary)
+            metric.add(self.predictions)
             right = metric.sorted(descending=True)[1]
             res[name] = metric.value,((1-right).cumsum(0)/torch.arange(1, len(right)+1)).numpy()
         return res
@@ -160,7 +160,7 @@ class CalibrationInterpretation:
         "How often predictions of each confidence are right: bars with 95% intervals, the gap to the confidence hatched, and how many there are"
         metric = ECE(n_bins)
         metric.reset()
-        metric.add(self.predictions.p, self.predictions.q, self.predictions.z, self.predictions.binary)
+        metric.add(self.predictions)
         n,confidence,right = (v[0].numpy() for v in (metric.counts, metric.confidence, metric.correct))
         there = n > 0
         n,confidence,right = n[there],confidence[there]/n[there],right[there]/n[there]
@@ -217,6 +217,7 @@ class CalibrationInterpretation:
         if len(set(classes)) != 3: raise ValueError(f"The plane goes through three different classes, but got {classes}.")
         if self.learn is None: raise ValueError("This picture needs the learner: use CalibrationInterpretation.from_learner.")
         layers = [m for m in self.learn.model.modules() if isinstance(m, nn.Linear) and m.out_features == len(self.vocab)]
+        if not all(len(dl) for dl in self.learn.dls.loaders): raise ValueError("This picture needs the data, which an exported learner has left behind.")
         if not layers: raise ValueError(f"The model has no linear layer with {len(self.vocab)} outputs to look into.")
         w = layers[-1].weight.detach().cpu().double()[classes]
         basis = torch.linalg.qr(torch.stack([w[0]-w[2], w[1]-w[2]], 1))[0]

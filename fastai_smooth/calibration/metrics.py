@@ -54,7 +54,7 @@ def form_of(
     act, # From rows of predictions in float64 to probabilities
     k:int, # Number of classes
     device=None, # Of the predictions
-)->str: # 'softmax', 'sigmoid', 'exp' (log-probabilities), 'probability' or 'other'
+)->str: # 'softmax', 'sigmoid', 'exp' (log-probabilities), 'probability' (of a yes; `as_rows` says 'shares' for exclusive classes) or 'other'
     "What an activation does, as seen on a few numbers"
     probe = torch.linspace(-2, 2, 2*k, dtype=torch.float64, device=device).flip(0).view(2, -1)
     same = dict(sigmoid=probe.sigmoid(), softmax=probe.softmax(1), exp=probe.exp(), probability=probe)
@@ -72,9 +72,15 @@ def sums_to_one(p, binary):
 
 class Rows:
     "Predictions and targets of a batch, one row per position, without what is ignored"
-    def __init__(self, z, q, example, act, binary, axis): self.z,self.q,self.example,self.act,self.binary,self.axis = z,q,example,act,binary,axis
-    # z (M, K) as predicted; q (M, K) in float64, sums to 1, or 0 and 1 with nan for unknown entries; example (M,): where in the batch;
-    # act: from such rows in float64 to probabilities; axis: of the predictions of the batch
+    def __init__(self, z, q, mass, example, act, form, binary, axis):
+        self.z,self.q,self.mass,self.example,self.act,self.form,self.binary,self.axis = z,q,mass,example,act,form,binary,axis
+    # z (M, K) as predicted; q (M, K) in float64, sums to 1, or 0 and 1 with nan for unknown entries; mass (M,): of the target; example (M,): where in
+    # the batch; act: from such rows in float64 to probabilities; form: see `form_of`; axis: of the predictions of the batch
+
+    @property
+    def p(self): # probabilities (M, K) in float64
+        if '_p' not in vars(self): self._p = sums_to_one(self.act(self.z.double()), self.binary)
+        return self._p
 
 def as_rows(
     pred:Tensor, # Predictions of a batch
@@ -100,7 +106,9 @@ def as_rows(
         dims = [1]*len(shape)
         dims[0],dims[axis] = rows.shape
         return activation(rows.reshape(dims)).reshape(rows.shape)
-    if not binary and -len(shape) <= axis < len(shape): binary = form_of(on_rows, shape[axis] if len(shape) > 1 else 1, z.device) == 'sigmoid'
+    form = form_of(on_rows, shape[axis] if len(shape) > 1 else 1, z.device) if -len(shape) <= axis < len(shape) else 'other'
+    binary |= form == 'sigmoid'
+    if form == 'probability' and not binary: form = 'shares'
     if binary:
         if len(shape) == 1: z = z[:,None]
         z = z.movedim(axis, -1)
@@ -117,7 +125,7 @@ def as_rows(
         z,q = z.reshape(-1, k),q.reshape(-1, k)
         wrong = (q < 0) | (q > 1)
         if wrong.any(): raise ValueError(f"Targets of several labels lie in [0, 1] (nan: unknown), but one is {q[wrong][0].item():g}.")
-        return Rows(z, q, example_of(len(z), len(pred), z.device), on_rows, True, axis)
+        return Rows(z, q, None, example_of(len(z), len(pred), z.device), on_rows, form, True, axis)
     if not -z.ndim <= axis < z.ndim or z.ndim < 2: raise ValueError(f"Predictions of shape {tuple(z.shape)} have no classes at axis {axis}.")
     k = z.shape[axis]
     if k < 2: raise ValueError(f"Predictions of shape {tuple(z.shape)} have one class at axis {axis}, which a softmax always gives probability 1.")
@@ -127,7 +135,7 @@ def as_rows(
         if (q < 0).any(): raise ValueError(f"Dense targets are shares of the classes, but one is {q[q < 0][0].item():g}.")
         mass = q.sum(1, keepdim=True)
         kept = mass[:,0] > 0
-        q = q/mass.clamp(min=1e-300)
+        q,mass = q/mass.clamp(min=1e-300),mass[:,0]
     else:
         if y.is_floating_point() or y.numel()*k != z.numel():
             raise ValueError(f"Targets of shape {tuple(y.shape)} and dtype {y.dtype} do not fit predictions of shape {tuple(pred.shape)} with the "
@@ -137,36 +145,43 @@ def as_rows(
         bad = kept & ((y < 0) | (y >= k))
         if bad.any(): raise ValueError(f"Label {int(y[bad][0])} is outside [0, {k}) for {k} classes.")
         q = torch.zeros(len(y), k, dtype=torch.float64, device=z.device).scatter_(1, (y*kept)[:,None], 1.)
+        mass = q.new_ones(len(q))
     example = example_of(len(z), len(pred), z.device)
-    if not kept.all(): z,q,example = z[kept],q[kept],example[kept]
-    return Rows(z, q, example, on_rows, False, axis)
+    if not kept.all(): z,q,mass,example = z[kept],q[kept],mass[kept],example[kept]
+    return Rows(z, q, mass, example, on_rows, form, False, axis)
 
 def example_of(n_rows, n, device):
     "Which example of a batch of `n` each row belongs to"
     return torch.arange(n, device=device).repeat_interleave(n_rows//max(n, 1))
 
-def probabilities(
-    pred:Tensor, # Predictions of a batch
-    y:Tensor, # Targets
-    loss, # The loss of the learner
-    act=None, # Activation, a function of the predictions. None: that of the loss
-)->tuple: # p (M, K) in float64, targets q (M, K) that sum to 1, or 0 and 1 with nan for unknown entries; logits (M, K); and whether the classes are binary
-    "The probabilities of a batch, see `as_rows`"
-    rows = as_rows(pred, y, loss, act)
-    z = rows.z.double()
-    return sums_to_one(rows.act(z), rows.binary),rows.q,z,rows.binary
+NEVER = -math.log(torch.finfo(torch.float64).tiny) # what a probability of 0 counts
+
+def nll_of(
+    rows:Rows # Or `Predictions`
+)->tuple: # Negative log-likelihood of each row, or known entry, and its weight
+    "From the logits where there are some: a probability of nearly 1 has no digits left"
+    z,q = rows.z.double(),rows.q
+    log = lambda p: p.clamp(min=torch.finfo(torch.float64).tiny).log()
+    if rows.binary:
+        known = ~q.isnan()
+        z,q,p = z[known],q[known],rows.p[known]
+        if rows.form == 'sigmoid': each = torch.nn.functional.softplus(z) - torch.where(q > 0, q*z, 0.)
+        else: each = -(q*log(p) + (1-q)*log(1-p))
+        weight = torch.ones_like(each)
+    else:
+        log_p = z.log_softmax(1) if rows.form == 'softmax' else z if rows.form == 'exp' else log(rows.p)
+        each,weight = -torch.where(q > 0, q*log_p, 0.).sum(1),rows.mass
+    return each.nan_to_num(nan=NEVER, posinf=NEVER),weight
 
 def confidence_of(
-    p:Tensor, # From `probabilities`
-    q:Tensor, # From `probabilities`
-    binary:bool, # From `probabilities`
+    rows:Rows # Or `Predictions`
 )->tuple: # Confidence and how right it is, 1-D
     "The most probable class and the target's share of it; for binary classes the probability of each known entry and its label"
-    if binary:
-        known = ~q.isnan()
-        return p[known],q[known]
-    confidence,guess = p.max(1)
-    return confidence,q.gather(1, guess[:,None])[:,0]
+    if rows.binary:
+        known = ~rows.q.isnan()
+        return rows.p[known],rows.q[known]
+    confidence,guess = rows.p.max(1)
+    return confidence,rows.q.gather(1, guess[:,None])[:,0]
 
 # %% ../../nbs/05_calibration.ipynb #121a7950
 class _Calibration(Metric):
@@ -175,9 +190,9 @@ class _Calibration(Metric):
     def reset(self): self.n,self.broken = 0,False
     def accumulate(self, learn):
         pred,y = (learn.to_detach(t) for t in (learn.pred, learn.y))
-        p,q,z,binary = probabilities(pred, y, learn.loss_func, self.act)
-        self.broken |= bool(p.isnan().any())
-        if len(p) and not self.broken: self.add(p, q, z, binary)
+        rows = as_rows(pred, y, learn.loss_func, self.act)
+        self.broken |= bool(rows.p.isnan().any())
+        if len(rows.z) and not self.broken: self.add(rows)
 
     @property
     def name(self)->str: return ''.join(f'_{c.lower()}' if c.isupper() and i and not type(self).__name__[i-1].isupper() else c.lower()
@@ -208,15 +223,15 @@ class _Binned(_Calibration):
         self.counts = self.confidence = self.correct = 0.
 
     def bins(self, p, right): # p and right (R, M) with nan in `right` for what is left out
-        edges = torch.linspace(0, 1, self.n_bins+1, dtype=torch.float64, device=p.device)[1:-1]
+        edges = torch.arange(1, self.n_bins, dtype=torch.float64, device=p.device)/self.n_bins
         which,known = torch.bucketize(p, edges, right=True),~right.isnan()
         sums = lambda v: torch.zeros(len(p), self.n_bins, dtype=torch.float64, device=p.device).scatter_add_(1, which, v.masked_fill(~known, 0.)).cpu()
         self.counts,self.confidence,self.correct = self.counts+sums(torch.ones_like(p)),self.confidence+sums(p),self.correct+sums(right)
         self.n += int(known.sum())
 
     def gaps(self): return (self.correct-self.confidence).abs()/self.counts.clamp(min=1) # mean accuracy against mean confidence, per bin
-    def add(self, p, q, z, binary):
-        confidence,right = confidence_of(p, q, binary)
+    def add(self, rows):
+        confidence,right = confidence_of(rows)
         self.bins(confidence[None], right[None])
 
 class _Kept(_Calibration):
@@ -264,7 +279,7 @@ class ClasswiseECE(_Binned):
         act=None, # Turns predictions into probabilities. None: the activation of the loss
     ): super().__init__(n_bins, act)
 
-    def add(self, p, q, z, binary): self.bins(p.T.contiguous(), q.T.contiguous())
+    def add(self, rows): self.bins(rows.p.T.contiguous(), rows.q.T.contiguous())
     def figure(self):
         n = self.counts.sum(1, keepdim=True)
         each = (self.counts/n.clamp(min=1)*self.gaps()).sum(1)
@@ -279,7 +294,7 @@ class AdaptiveECE(_Kept):
         super().__init__(act)
         self.n_bins = check_bins(n_bins)
 
-    def add(self, p, q, z, binary): self.keep(*confidence_of(p, q, binary))
+    def add(self, rows): self.keep(*confidence_of(rows))
     def figure(self):
         score,right = self.sorted(descending=False)
         gaps = [len(s)*abs((r.mean()-s.mean()).item()) for s, r in zip(score.tensor_split(self.n_bins), right.tensor_split(self.n_bins)) if len(s)]
@@ -291,14 +306,10 @@ class NLL(_Mean):
         act=None # Turns predictions into probabilities. None: the activation of the loss
     ): super().__init__(act)
 
-    def add(self, p, q, z, binary):
-        log = lambda t: t.clamp(min=torch.finfo(torch.float64).tiny).log()
-        if binary:
-            known = ~q.isnan()
-            p,q = p[known],q[known]
-            self.total -= (q*log(p) + (1-q)*log(1-p)).sum().item()
-        else: self.total -= (q*log(p)).sum().item()
-        self.n += len(p)
+    def add(self, rows):
+        each,weight = nll_of(rows)
+        self.total += (each*weight).sum().item()
+        self.n += weight.sum().item()
 
 class Brier(_Mean):
     "Brier score: squared distance of the probabilities from the label, summed over the classes, mean over the examples. Brier 1950"
@@ -306,9 +317,9 @@ class Brier(_Mean):
         act=None # Turns predictions into probabilities. None: the activation of the loss
     ): super().__init__(act)
 
-    def add(self, p, q, z, binary):
-        self.total += (p-q).square().nansum().item()
-        self.n += int((~q.isnan()).any(1).sum())
+    def add(self, rows):
+        self.total += (rows.p-rows.q).square().nansum().item()
+        self.n += int((~rows.q.isnan()).any(1).sum())
 
 class AURC(_Kept):
     "Area under the risk-coverage curve: the mean over all coverages of the error rate among the most confident. Geifman & El-Yaniv 2017"
@@ -324,15 +335,15 @@ class AURC(_Kept):
 
     @property
     def name(self)->str: return 'aurc' if self.score == 'msp' else 'aurc_logit_norm'
-    def add(self, p, q, z, binary):
+    def add(self, rows):
+        p,right = confidence_of(rows)
         if self.score == 'logit_norm':
-            if binary: raise ValueError("score='logit_norm' compares the logits of exclusive classes: use 'msp' for several labels.")
+            if rows.binary: raise ValueError("score='logit_norm' compares the logits of exclusive classes: use 'msp' for several labels.")
+            z = rows.z.double()
             norm = z.norm(self.p, dim=1)
-            self.keep(torch.where(norm > 0, z.amax(1)/norm, 0.), confidence_of(p, q, False)[1])
-        elif binary:
-            p,q = confidence_of(p, q, True)
-            self.keep(torch.maximum(p, 1-p), torch.where(p > .5, q, 1-q))
-        else: self.keep(*confidence_of(p, q, False))
+            self.keep(torch.where(norm > 0, z.amax(1)/norm, 0.), right)
+        elif rows.binary: self.keep(torch.maximum(p, 1-p), torch.where(p > .5, right, 1-right))
+        else: self.keep(p, right)
 
     def figure(self):
         _,right = self.sorted(descending=True)

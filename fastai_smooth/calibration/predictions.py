@@ -18,7 +18,7 @@ from fastai.learner import CastToTensor, Learner, Recorder
 from fastcore.foundation import L
 from torch import Tensor
 
-from .metrics import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, as_rows, form_of, sums_to_one
+from .metrics import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, as_rows, sums_to_one
 
 # %% ../../nbs/05a_predictions.ipynb #7374d91f
 DEFAULT = TrainEvalCallback, Recorder, CastToTensor, ProgressCallback # what every learner has
@@ -77,10 +77,13 @@ class Predictions:
         q:Tensor, # Targets (M, K) in float64 that sum to 1; for several labels 0 and 1, nan where unknown
         example:Tensor, # Number of the example in the data set, (M,)
         act, # From rows of predictions in float64 to probabilities
+        form:str, # What the predictions are: 'softmax' (logits), 'sigmoid', 'exp' (log-probabilities), 'probability' (of a yes), 'shares' or 'other'
         binary:bool=False, # Whether each class is a question of its own
         axis:int=-1, # Class dimension of the model's predictions
+        mass:Tensor|None=None, # Of the targets, (M,). None: 1 each
     ):
-        self.z,self.q,self.example,self.act,self.binary,self.axis = z,q,example,act,binary,axis
+        self.z,self.q,self.example,self.act,self.form,self.binary,self.axis = z,q,example,act,form,binary,axis
+        self.mass = torch.ones(len(z), dtype=torch.float64) if mass is None else mass
         if not len(z) or q.isnan().all(): raise ValueError("There is nothing to score: no example, or every label is ignored.")
         self.p = sums_to_one(act(z.double()), binary)
         if self.p.isnan().any(): raise ValueError(f"The prediction for the example {int(example[self.p.isnan().any(1)][0])} is nan: look for what went "
@@ -95,20 +98,14 @@ class Predictions:
     )->'Predictions':
         "Of one batch"
         rows = as_rows(pred, target, loss, act)
-        return cls(rows.z, rows.q, rows.example, rows.act, rows.binary, rows.axis)
+        return cls(rows.z, rows.q, rows.example, rows.act, rows.form, rows.binary, rows.axis, rows.mass)
 
     def __len__(self)->int: return len(self.z)
     def __repr__(self): return f"Predictions({len(self)} rows, {self.z.shape[1]} {'labels' if self.binary else 'classes'})"
     def __getitem__(self, i)->'Predictions':
         new = copy.copy(self)
-        new.z,new.q,new.example,new.p = self.z[i],self.q[i],self.example[i],self.p[i]
+        new.z,new.q,new.example,new.p,new.mass = self.z[i],self.q[i],self.example[i],self.p[i],self.mass[i]
         return new
-
-    @property
-    def form(self)->str: # 'softmax', 'sigmoid', 'exp' (log-probabilities), 'probability' (of a yes), 'shares' (probabilities of the classes) or 'other'
-        "What the predictions are"
-        form = form_of(self.act, self.z.shape[1], self.z.device)
-        return 'shares' if form == 'probability' and not self.binary else form
 
     def scaled(self,
         temperature, # A number, one per label (K,), or one per row (M, 1)
@@ -127,8 +124,9 @@ class Predictions:
             z,mean_true = z[known],(self.q[known]*z[known]).mean()
             return lambda t: (torch.nn.functional.softplus(z/t).mean()-mean_true/t).item()
         if not self.binary and form in ('softmax', 'exp'):
-            mean_true = torch.where(self.q > 0, self.q*z, 0.).sum(1).mean() # a class that is ruled out, with the logit -inf, may be
-            if mean_true.isfinite(): return lambda t: ((z/t).logsumexp(1).mean()-mean_true/t).item()
+            share = self.mass/self.mass.sum()
+            mean_true = (share*torch.where(self.q > 0, self.q*z, 0.).sum(1)).sum() # a class that is ruled out, with the logit -inf, may be
+            if mean_true.isfinite(): return lambda t: ((share*(z/t).logsumexp(1)).sum()-mean_true/t).item()
         return lambda t: self.scaled(t).figures(['nll'])['nll']
 
     def right(self)->Tensor: # (M,), or one per known entry
@@ -148,14 +146,14 @@ class Predictions:
             else:
                 metric = FIGURES[name]()
                 metric.reset()
-                metric.add(self.p, self.q, self.z.double(), self.binary)
+                metric.add(self)
                 res[name] = metric.value
         return res
 
 def rescale(
     z:Tensor, # Predictions
     temperature, # A number or a tensor that broadcasts against `z`
-    form:str, # See `Predictions.form`
+    form:str, # See `Predictions`
     axis:int, # Class dimension
 )->Tensor: # Predictions of the same form, softer for a temperature above 1
     "Divide logits by a temperature: $\\mathrm{softmax}(z/T)$. What are probabilities already is brought back to logits and returned as probabilities"
@@ -188,15 +186,17 @@ class _Collect(Callback):
         if self.share < 1:
             chosen = (torch.rand(len(rows.z), generator=self.generator) < self.share).to(rows.z.device)
             rows.z,rows.q,rows.example = rows.z[chosen],rows.q[chosen],rows.example[chosen]
-        self.kept.append((rows.z.cpu(), rows.q.cpu(), rows.example.cpu()+self.n))
+            if rows.mass is not None: rows.mass = rows.mass[chosen]
+        mass = torch.ones(len(rows.z)) if rows.mass is None else rows.mass
+        self.kept.append((rows.z.cpu(), rows.q.cpu(), rows.example.cpu()+self.n, mass.cpu().double()))
         self.n += len(pred)
         self.rows = rows
 
     def predictions(self, order=None):
         if not self.kept: raise ValueError("The data loader gives no batches.")
-        z,q,example = (torch.cat(t) for t in zip(*self.kept))
+        z,q,example,mass = (torch.cat(t) for t in zip(*self.kept))
         if order is not None: example = torch.as_tensor(order)[example]
-        return Predictions(z, q, example, self.rows.act, self.rows.binary, self.rows.axis)
+        return Predictions(z, q, example, self.rows.act, self.rows.form, self.rows.binary, self.rows.axis, mass)
 
 # %% ../../nbs/05a_predictions.ipynb #f2067ea2
 def gather(
@@ -212,17 +212,28 @@ def gather(
         dl = learn.dls[ds_idx]
     try: n = len(dl)
     except TypeError: n = None
-    if n == 0: raise ValueError("The data loader gives no batches.")
+    if n == 0: raise ValueError("The data loader gives no batches: pass data with labels as dl=, such as learn.dls.test_dl(items, with_labels=True).")
     if hasattr(dl, 'new') and (getattr(dl, 'shuffle', False) or getattr(dl, 'drop_last', False)): dl = dl.new(shuffle=False, drop_last=False)
     order = None
     if hasattr(dl, 'get_idxs'): # some loaders sort
         order = list(dl.get_idxs())
         dl = dl.new(get_idxs=_Constant(order))
         order = [int(i) for i in order] if all(isinstance(i, Integral) for i in order) else None
+        passed = _Passed(dl.do_item) if hasattr(dl, 'do_item') else None
+        if passed is not None: dl.do_item = passed
     new,cb = beside(learn, learn.model),_Collect(act, max_elements)
     if any(isinstance(c, ProgressCallback) for c in learn.cbs): new.add_cb(ProgressCallback())
     with kept_modes(learn.model): new.validate(dl=dl, cbs=[cb])
+    if order is not None and passed is not None and passed.skipped: order = [i for i in order if i not in passed.skipped]
     return cb.predictions(order)
+
+class _Passed:
+    "Makes the items of a data loader, and notes which were skipped"
+    def __init__(self, do_item): self.do_item,self.skipped = do_item,set()
+    def __call__(self, i):
+        res = self.do_item(i)
+        if res is None: self.skipped.add(i)
+        return res
 
 class _Constant:
     "Returns the same thing always"

@@ -33,7 +33,6 @@ from jinja2 import Template
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from sklearn.model_selection import train_test_split
-from torch import nn
 
 from ..calibration import CalibrationInterpretation, Predictions, fit_temperature
 from ..callback import LabelSmoothing, OneOf
@@ -54,7 +53,8 @@ def tree_of(
 )->Taxonomy: # The tree that they spell
     "The taxonomy of class names that are paths. Names without a folder in common with any other: ValueError"
     vocab = [str(v) for v in vocab]
-    if not any('/' in v for v in vocab):
+    parents = {v.split('/')[0] for v in vocab}
+    if not any('/' in v for v in vocab) or len(parents) == len(vocab):
         raise ValueError(f"The method 'taxonomy' needs classes that are paths such as animal/cat (nested folders), but there is {vocab[0]!r}.")
     return Taxonomy(vocab)
 
@@ -127,7 +127,9 @@ def write_text(path, text):
     temporary.write_text(text, encoding='utf-8')
     os.replace(temporary, path)
 
-def mean_ci(values):
+def mean_ci(
+    values # One number per seed
+)->dict: # 'mean' and 'ci95'
     "Mean and half-width of the 95% interval of Student's t; no interval for a single value"
     values = np.asarray(values, np.float64)
     ci = float(student_t.ppf(.975, len(values)-1)*values.std(ddof=1)/math.sqrt(len(values))) if len(values) > 1 else None
@@ -189,7 +191,7 @@ class Comparison:
         if self.confused: transition_matrix(self.noise, len(self.vocab), 'asymmetric', self.confused)
         if self.n_valid < 4*len(self.vocab):
             raise ValueError(f"valid_pct={self.valid_pct} leaves {self.n_valid} validation images for {len(self.vocab)} classes: use a larger share.")
-        rare = np.bincount(self.labels[valid], minlength=len(self.vocab))
+        rare = np.min([np.bincount(self.labels[self.source.splits(self.valid_pct, seed)[1]], minlength=len(self.vocab)) for seed in range(self.seeds)], 0)
         if rare.min() < 2: raise ValueError(f"valid_pct={self.valid_pct} leaves {rare.min()} validation images of the class {self.vocab[rare.argmin()]!r}, "
                                             "but one half fits the temperature and the other scores: use a larger share.")
         if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training images.")
@@ -391,14 +393,14 @@ def table(
 # %% ../../nbs/08b_comparison.ipynb #26b84452
 REPORT = Template('''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Does smoothing help on {{ s.data }}?</title>
+<title>Does smoothing help on {{ s.data|e }}?</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse } td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 td:first-child, th:first-child { text-align: left } .wide { overflow-x: auto } img { max-width: 100% } code { overflow-wrap: anywhere }
 .verdict { font-size: 1.15rem; border-left: 4px solid #222; padding-left: 1rem }
 </style></head><body>
-<h1>Does smoothing help on {{ s.data }}?</h1>
+<h1>Does smoothing help on {{ s.data|e }}?</h1>
 <p class="verdict">{{ s.verdict|e }}</p>
 <p>{{ s.n_train }} training and {{ s.n_valid }} validation examples, {{ s.n_classes }} classes, {{ s.arch|e }}, {{ s.epochs }} epochs, {{ s.seeds }} seeds,
 label noise {{ s.noise }}, ε = {{ s.eps }}. Means ± half of the 95% interval over the seeds. "_ts": after temperature scaling, fitted on one half of the

@@ -34,7 +34,6 @@ from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.learner import vision_learner
 from fasttransform import Transform
-from torch import nn
 
 from ..calibration import ECE, NLL, TemperatureScaling
 from ..callback import CutMixMask, LabelSmoothing, OneOf
@@ -94,10 +93,17 @@ class Recipe:
         rows = [f'  {k:{width}}  {v:{wide}}  {self.sources.get(k, "")}'.rstrip() for k, v in zip(self.settings, shown)]
         return '\n'.join([f'Recipe {self.name}: {self.purpose}', *rows])
 
-recipes = {}
+recipes = {} # names to recipes
 
-def register(name, purpose, numbers, make_dls, make_learner, train):
-    "Make a recipe of settings that are pairs of a value and its source"
+def register(
+    name:str, # What `recipe` finds it by
+    purpose:str, # What it is for
+    numbers:dict, # Names of settings to pairs of a value and its source
+    make_dls:Callable, # From (path or None, settings) to fastai DataLoaders
+    make_learner:Callable, # From (dls, settings) to a Learner
+    train:Callable, # From (learner, settings) to nothing
+):
+    "Make a recipe that `recipe` finds"
     recipes[name] = Recipe(name, purpose, {k: v for k, (v, _) in numbers.items()}, {k: s for k, (_, s) in numbers.items()}, make_dls, make_learner, train)
 
 def recipe(
@@ -144,7 +150,8 @@ def folder_dls(path, s, item_tfms, batch_tfms=(), dl_type=None):
     tops = {p.name for p in path.iterdir() if p.is_dir()}
     valid = next((v for v in ('valid', 'val', 'validation', 'test') if v in tops), None)
     splitter = GrandparentSplitter('train', valid) if 'train' in tops and valid else RandomSplitter(s['valid_pct'], s['seed'])
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=splitter, item_tfms=item_tfms, batch_tfms=list(batch_tfms))
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=splitter, item_tfms=item_tfms,
+                      batch_tfms=list(batch_tfms))
     if not get_image_files(path): raise ValueError(f"{path} holds no images: it needs a folder of images per class.")
     dls = block.dataloaders(path, bs=s['bs'], num_workers=s['num_workers'], **({'dl_type': dl_type} if dl_type else {}))
     if len(dls.vocab) < 2: raise ValueError(f"{path} has one class, {dls.vocab[0]!r}: there is nothing to tell apart.")
@@ -153,6 +160,7 @@ def folder_dls(path, s, item_tfms, batch_tfms=(), dl_type=None):
 
 # %% ../../nbs/08_recipes.ipynb #9fbc5e2b
 OWN = 'our choice'
+SZEGEDY = 'Szegedy et al. 2015, https://arxiv.org/abs/1512.00567'
 FASTAI = "fastai's default"
 COMMON = dict(seed=(42, OWN), valid_pct=(.2, FASTAI), num_workers=(0, 'safe everywhere; more for large images'))
 
@@ -161,7 +169,8 @@ def pets_dls(path, s):
     files = get_image_files(path)
     if not files: raise ValueError(f"{path} holds no images.")
     block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, splitter=RandomSplitter(s['valid_pct'], s['seed']),
-                      get_y=using_attr(RegexLabeller(r'(.+)_\d+.[a-zA-Z]+$'), 'name'), item_tfms=Resize(s['presize']), batch_tfms=aug_transforms(size=s['size']))
+                      get_y=using_attr(RegexLabeller(r'(.+)_\d+.[a-zA-Z]+$'), 'name'), item_tfms=Resize(s['presize']),
+                      batch_tfms=aug_transforms(size=s['size']))
     return block.dataloaders(path, bs=s['bs'], num_workers=s['num_workers'])
 
 def pets_learner(dls, s):
@@ -170,7 +179,7 @@ def pets_learner(dls, s):
 # %% ../../nbs/08_recipes.ipynb #344b7e39
 register('pets', "37 breeds of cats and dogs: fastai's example with a smoothing loss",
     dict(arch=('resnet34', "fastai's pets example"), pretrained=(True, "fastai's pets example"), weights=(None, 'a file instead of a download'),
-         eps=(.1, 'Szegedy et al. 2015, https://arxiv.org/abs/1512.00567'), epochs=(4, "fastai's pets example"), lr=(3e-3, "slice(lr) of fastai's fit_one_cycle: its default 1e-3 times 3"),
+         eps=(.1, SZEGEDY), epochs=(4, "fastai's pets example"), lr=(1e-3, FASTAI),
          presize=(460, "fastai's pets example"), size=(224, "fastai's pets example"), bs=(64, FASTAI), calibrate=(True, OWN), **COMMON),
     pets_dls, pets_learner, lambda learn, s: learn.fit_one_cycle(s['epochs'], s['lr']))
 
@@ -182,13 +191,14 @@ def finetune_learner(dls, s):
 
 # %% ../../nbs/08_recipes.ipynb #107143f8
 register('finetune', 'your own images: a pretrained network, first its head, then all of it, smoothed and calibrated',
-    dict(arch=('resnet34', OWN), pretrained=(True, FASTAI), weights=(None, 'a file instead of a download'), eps=(.1, 'Szegedy et al. 2015, https://arxiv.org/abs/1512.00567'),
-         epochs=(5, OWN), freeze_epochs=(1, "fastai's fine_tune"), lr=(2e-3, "fastai's fine_tune"), presize=(256, OWN), size=(224, 'what ImageNet networks were trained on'),
+    dict(arch=('resnet34', OWN), pretrained=(True, FASTAI), weights=(None, 'a file instead of a download'), eps=(.1, SZEGEDY),
+         epochs=(5, OWN), freeze_epochs=(1, "fastai's fine_tune"), lr=(2e-3, "fastai's fine_tune"), presize=(256, OWN),
+         size=(224, 'what ImageNet networks were trained on'),
          bs=(64, FASTAI), calibrate=(True, OWN), **COMMON),
     finetune_dls, finetune_learner, lambda learn, s: learn.fine_tune(s['epochs'], s['lr'], s['freeze_epochs']))
 
 register('digits', "scikit-learn's digits: a small network in seconds",
-    dict(eps=(.1, 'Szegedy et al. 2015, https://arxiv.org/abs/1512.00567'), epochs=(12, 'as compare digits'), lr=(3e-3, 'as compare digits'), bs=(64, FASTAI),
+    dict(eps=(.1, SZEGEDY), epochs=(12, 'as compare digits'), lr=(3e-3, 'as compare digits'), bs=(64, FASTAI),
          seed=(42, OWN), valid_pct=(.2, FASTAI), calibrate=(True, OWN)),
     lambda path, s: digits(s['bs'], s['valid_pct'], s['seed']),
     lambda dls, s: Learner(dls, small_convnet(1, 10), loss_func=CrossEntropyLossFlat(), cbs=LabelSmoothing(s['eps']), metrics=[accuracy, ECE(), NLL()]),
@@ -206,7 +216,8 @@ class RandAugment(RandTransform):
         self.do = True
         if self.augment is None:
             mean = tuple(round(255*m) for m in imagenet_stats[0])
-            self.augment = timm.data.rand_augment_transform(f'rand-m{self.magnitude}-mstd{self.std}-inc1', dict(translate_const=int(.45*self.size), img_mean=mean))
+            self.augment = timm.data.rand_augment_transform(f'rand-m{self.magnitude}-mstd{self.std}-inc1',
+                                                            dict(translate_const=int(.45*self.size), img_mean=mean))
 
     def encodes(self, x:PILImage): return PILImage.create(np.asarray(self.augment(x)))
     def __getstate__(self): return {**self.__dict__, 'augment': None} # timm's is made of functions that cannot be pickled
@@ -249,7 +260,8 @@ def a_learner(dls, s):
     model = timm.create_model(s['arch'], num_classes=get_c(dls), in_chans=n_in, drop_path_rate=s['drop_path'])
     mixers = OneOf(MixUp(s['mixup']), CutMix(s['cutmix']))
     loss = LabelSmoothingBCE(0., target_threshold=s['target_threshold'])
-    return Learner(dls, model, loss_func=loss, opt_func=Lamb, lr=s['lr'], wd=s['wd'], wd_bn_bias=False, cbs=[LabelSmoothing(s['eps']), mixers], metrics=[accuracy])
+    return Learner(dls, model, loss_func=loss, opt_func=Lamb, lr=s['lr'], wd=s['wd'], wd_bn_bias=False, cbs=[LabelSmoothing(s['eps']), mixers],
+                   metrics=[accuracy])
 
 def warm_cosine(lr, warmup, epochs, first, last):
     "Learning rate that rises for `warmup` epochs and then falls on a cosine"
@@ -264,8 +276,9 @@ RSB = 'Wightman et al. 2021, https://arxiv.org/abs/2110.00476'
 
 def _a(epochs, eps, mixup, lr, wd, magnitude, repeats, drop_path, size, size_source=RSB):
     one = lambda v: (v, RSB)
-    return dict(arch=one('resnet50'), epochs=one(epochs), eps=one(eps), target_threshold=(.2, "timm's published arguments for it"), mixup=one(mixup), cutmix=one(1.),
-                lr=one(lr), wd=one(wd), warmup_epochs=one(5), first_lr=(1e-4, "timm's published arguments for it"), last_lr=one(1e-6), magnitude=one(magnitude),
+    return dict(arch=one('resnet50'), epochs=one(epochs), eps=one(eps), target_threshold=(.2, "timm's published arguments for it"),
+                mixup=one(mixup), cutmix=one(1.), lr=one(lr), wd=one(wd), warmup_epochs=one(5), first_lr=(1e-4, "timm's published arguments for it"),
+                last_lr=one(1e-6), magnitude=one(magnitude),
                 magnitude_std=one(.5), repeats=one(repeats), drop_path=one(drop_path), size=(size, size_source), test_size=one(224), bs=one(2048), **COMMON)
 
 for _name, _numbers in dict(a1=_a(600, .1, .2, 5e-3, .01, 7, 3, .05, 224), a2=_a(300, 0., .1, 5e-3, .02, 7, 3, .05, 224),
@@ -288,7 +301,7 @@ class NextCharacter(Callback):
 def characters_of(dls): return len(dls.characters)+2
 
 def one_cycle(learn, s): learn.fit_one_cycle(s['epochs'], s['lr'])
-SMALL = dict(eps=(.1, 'Szegedy et al. 2015, https://arxiv.org/abs/1512.00567'), seed=(42, OWN), calibrate=(True, OWN))
+SMALL = dict(eps=(.1, SZEGEDY), seed=(42, OWN), calibrate=(True, OWN))
 
 # %% ../../nbs/08_recipes.ipynb #9f967f87
 register('multilabel', 'several labels per image: binary smoothing',
@@ -298,7 +311,8 @@ register('multilabel', 'several labels per image: binary smoothing',
                            metrics=[accuracy_multi, ECE(), NLL()]), one_cycle)
 
 register('segmentation', 'a class per pixel: smoothing at the borders, boxes pasted into image and mask',
-    dict(SMALL, eps=(.3, OWN), kernel_size=(3, 'Islam & Glocker 2021, https://arxiv.org/abs/2104.05788'), sigma=(1., 'Islam & Glocker 2021'), epochs=(12, OWN), lr=(1e-2, OWN), bs=(32, OWN)),
+    dict(SMALL, eps=(.3, OWN), kernel_size=(3, 'Islam & Glocker 2021, https://arxiv.org/abs/2104.05788'), sigma=(1., 'Islam & Glocker 2021'),
+         epochs=(12, OWN), lr=(1e-2, OWN), bs=(32, OWN)),
     lambda path, s: digit_masks(s['bs'], seed=s['seed']),
     lambda dls, s: Learner(dls, small_segmenter(dls.one_batch()[0].shape[1], len(dls.vocab)), loss_func=CrossEntropyLossFlat(axis=1),
                            cbs=[LabelSmoothing(s['eps'], Spatial(s['kernel_size'], s['sigma']), n_classes=len(dls.vocab)), CutMixMask()],
@@ -319,4 +333,5 @@ register('language_model', 'the next character of a word; padding is ignored',
 register('tabular', "a table: scikit-learn's breast cancer data, or your own DataLoaders",
     dict(SMALL, table=('breast_cancer', 'Street et al. 1993, in scikit-learn'), layers=((200, 100), FASTAI), epochs=(10, OWN), lr=(5e-3, OWN), bs=(64, FASTAI)),
     lambda path, s: embedded_table(s['table'], s['bs'], seed=s['seed']),
-    lambda dls, s: tabular_learner(dls, layers=list(s['layers']), loss_func=CrossEntropyLossFlat(), cbs=LabelSmoothing(s['eps']), metrics=[accuracy, ECE(), NLL()]), one_cycle)
+    lambda dls, s: tabular_learner(dls, layers=list(s['layers']), loss_func=CrossEntropyLossFlat(), cbs=LabelSmoothing(s['eps']),
+                                   metrics=[accuracy, ECE(), NLL()]), one_cycle)
