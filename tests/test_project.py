@@ -28,7 +28,9 @@ LAYERS = {
     'calibration.interpretation': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature'},
     'calibration.eps_find': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature', 'callback', 'distributions', 'losses'},
     'recipes.models': set(), 'recipes.comparison': {'calibration', 'callback', 'data', 'distributions', 'noise', 'recipes.models'},
-    'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'recipes.models'}, 'cli': {'recipes'}}
+    'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'recipes.models'},
+    'recipes.training': {'calibration', 'recipes.registry'},
+    'cli': {'recipes', 'recipes.training'}}
 TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}
 
 
