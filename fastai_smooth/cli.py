@@ -34,6 +34,10 @@ def _setting(text):
     try: return name,ast.literal_eval(value)
     except (ValueError, SyntaxError): return name,value
 
+def _numbers(text):
+    values = [float(v) for v in text.split(',')]
+    return values[0] if len(values) == 1 else values
+
 def _methods(text): return tuple(m.strip() for m in text.split(','))
 
 def _parser():
@@ -43,10 +47,13 @@ def _parser():
     p = commands.add_parser('compare', help="methods side by side over seeds, before and after temperature scaling",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('data', nargs='?', default='digits', metavar='DATA',
-                   help="digits, mnist5k, or a folder with a folder of images per class (or with train and valid)")
+                   help="digits, mnist5k, multi_digits, pets, a folder with a folder of images per class (or with train and valid), "
+                                                                                  "or a CSV of files and labels")
+    p.add_argument('--delimiter', default=None, help="between several labels of an image in a CSV")
+    p.add_argument('--jobs', type=int, default=1, help="how many runs at a time")
     p.add_argument('--methods', type=_methods, default='ce,ls,mixup,mixup+ls',
                    help="comma-separated: ce, or one of ls, prior, similarity, taxonomy, ols, zipf and any of mixup, cutmix, joined by +")
-    p.add_argument('--eps', type=float, default=.1, help="smoothing strength of ls, in [0, 1]")
+    p.add_argument('--eps', type=_numbers, default=.1, help="smoothing strength, in [0, 1]; several, such as .1,.3, try each of them; or ls@.3")
     p.add_argument('--noise', type=float, default=0., help="share of training labels to falsify, in [0, 1)")
     p.add_argument('--pairs', default=None, help="which classes the false labels confuse, such as 4:9,9:4; None: any with any")
     p.add_argument('--epochs', type=int, default=None, help="passes over the training set; None: what suits the data")
@@ -92,6 +99,7 @@ def compare(
     "Compare methods, show progress, print the table and the verdict"
     warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
     from fastai_smooth.recipes import Comparison, table # here, so that --help does not wait for torch
+    from fastai_smooth.recipes.files import InUse
     try:
         if resume and out is None: raise ValueError("--resume needs --out: name the folder to go on with.")
         out = out or Path('fastai_smooth_runs')/f"{Path(arguments.get('data', 'digits')).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -100,7 +108,8 @@ def compare(
     except (ValueError, ImportError, OSError) as e: return refused('compare', e)
     print(f"{comparison.data}: {comparison.n_train} training and {comparison.n_valid} validation images, {len(comparison.methods)} methods, "
           f"{comparison.seeds} seeds, {comparison.epochs} epochs each", flush=True)
-    summary = comparison.run()
+    try: summary = comparison.run()
+    except (InUse, OSError) as e: return refused('compare', e) # what is finished is kept, and --resume goes on from there
     print(f"\n{table(summary)}\n\n{summary['verdict']}\n\nReport: {comparison.out/'report.html'}")
     return 0
 

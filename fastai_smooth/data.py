@@ -6,8 +6,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.html.md"""
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'WORD_LENGTH', 'TABLES', 'TRAIN', 'VALID', 'digits_arrays', 'mnist5k_arrays', 'array_dls',
-           'stratified_split', 'digits', 'mnist5k', 'multi_digits', 'digit_masks', 'words_arrays', 'words',
-           'embedded_table', 'ImageData', 'folder_data']
+           'stratified_split', 'digits', 'mnist5k', 'multi_digits', 'digit_masks', 'multi_digits_data', 'words_arrays',
+           'words', 'embedded_table', 'ImageData', 'folder_data', 'csv_data', 'pets_data']
 
 # %% ../nbs/07_data.ipynb #7c252266
 import hashlib
@@ -21,11 +21,13 @@ from pathlib import Path
 
 import fastai.vision.data # noqa: F401  (teaches show_batch and show_results to draw grids of images)
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, IntToFloatTensor, MultiCategorize, Normalize, OneHotEncode, image_extensions
+from fastai.data.external import URLs, untar_data
 from fastai.tabular.core import TabularPandas
 from fastai.torch_core import TensorBase, TensorImage, TensorImageBW, TensorMask, TensorMultiCategory
 from fastai.vision.core import AddMaskCodes
@@ -55,6 +57,11 @@ class _ItemImage:
     def __init__(self, images): self.images = images
     def __call__(self, i): return (TensorImageBW if len(self.images[i]) == 1 else TensorImage)(self.images[i])
 
+class _ItemLabels:
+    "Item number to a list of class names"
+    def __init__(self, labels, vocab): self.labels,self.vocab = labels,vocab
+    def __call__(self, i): return [self.vocab[k] for k in np.flatnonzero(self.labels[i])]
+
 class _ItemLabel:
     "Item number to class name"
     def __init__(self, labels, vocab): self.labels,self.vocab = labels,vocab
@@ -63,7 +70,7 @@ class _ItemLabel:
 # %% ../nbs/07_data.ipynb #e4334954
 def array_dls(
     images, # Greyscale images (N, H, W) or images (N, C, H, W), uint8
-    labels, # Class indices (N,)
+    labels, # Class indices (N,), or multi-hot labels (N, K)
     vocab, # Class names, in the order of the indices
     splits, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size
@@ -75,8 +82,9 @@ def array_dls(
     if images.ndim == 3: images = images.unsqueeze(1)
     if size is not None:
         images = F.interpolate(images.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
-    labels = [int(v) for v in labels]
-    tfms = [[_ItemImage(images)], [_ItemLabel(labels, list(vocab)), Categorize(vocab=list(vocab), sort=False)]]
+    if np.ndim(labels) == 2: target = [_ItemLabels(np.asarray(labels), list(vocab)), MultiCategorize(vocab=list(vocab)), OneHotEncode()]
+    else: target = [_ItemLabel([int(v) for v in labels], list(vocab)), Categorize(vocab=list(vocab), sort=False)]
+    tfms = [[_ItemImage(images)], target]
     dsets = Datasets(range(len(images)), tfms, splits=[[int(i) for i in s] for s in splits])
     return dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=0, after_batch=[IntToFloatTensor(), *batch_tfms])
 
@@ -118,11 +126,6 @@ def mnist5k(
     return _embedded_dls('mnist5k', bs, valid_pct, seed, size)
 
 # %% ../nbs/07_data.ipynb #59735ff4
-class _ItemLabels:
-    "Item number to a list of class names"
-    def __init__(self, labels, vocab): self.labels,self.vocab = labels,vocab
-    def __call__(self, i): return [self.vocab[k] for k in np.flatnonzero(self.labels[i])]
-
 class _ItemMask:
     "Item number to mask"
     def __init__(self, masks): self.masks = masks
@@ -165,9 +168,11 @@ def multi_digits(
             there[labels[i]] = True
         return canvas,there
     (images,labels),splits = digit_canvases(n_train, n_valid, seed, draw)
-    vocab = [str(i) for i in range(10)]
-    tfms = [[_ItemImage(torch.as_tensor(images)[:,None])], [_ItemLabels(labels, vocab), MultiCategorize(vocab=vocab), OneHotEncode()]]
-    return seeded_dls(Datasets(range(len(images)), tfms, splits=splits), seed, bs=bs, val_bs=2*bs, after_batch=[IntToFloatTensor()])
+    random_state = random.getstate()
+    try:
+        random.seed(seed)
+        return array_dls(images, labels, [str(i) for i in range(10)], splits, bs)
+    finally: random.setstate(random_state)
 
 def digit_masks(
     bs:int=32, # Batch size
@@ -188,6 +193,14 @@ def digit_masks(
     codes = ['background', *(str(i) for i in range(10))]
     tfms = [[_ItemImage(torch.as_tensor(images)[:,None])], [_ItemMask(torch.as_tensor(masks)), AddMaskCodes(codes)]]
     return seeded_dls(Datasets(range(len(images)), tfms, splits=splits), seed, bs=bs, val_bs=2*bs, after_batch=[IntToFloatTensor()])
+
+# %% ../nbs/07_data.ipynb #7f680c92
+def multi_digits_data()->'ImageData': # 2,000 images (16, 16) and multi-hot labels, split
+    "The canvases of `multi_digits` as images and labels"
+    dls = multi_digits()
+    images,labels = zip(*(((np.asarray(d[0]).squeeze()), np.asarray(d[1])) for ds in (dls.train_ds, dls.valid_ds) for d in ds))
+    n = len(dls.train_ds)
+    return ImageData(np.stack(images), np.stack(labels).astype(bool), list(dls.vocab), None, (np.arange(n), np.arange(n, len(images))))
 
 # %% ../nbs/07_data.ipynb #0f169d3c
 WORD_LENGTH = 16
@@ -247,16 +260,16 @@ def embedded_table(
     data = TABLES[name](as_frame=True)
     table = data.data.astype(np.float32).assign(target=[str(data.target_names[k]) for k in data.target])
     train,valid = stratified_split(data.target.to_numpy(), valid_pct, seed)
-    pandas = TabularPandas(table, procs=[Normalize], cont_names=list(data.data.columns), y_names='target', y_block=CategoryBlock(),
+    dsets = TabularPandas(table, procs=[Normalize], cont_names=list(data.data.columns), y_names='target', y_block=CategoryBlock(),
                            splits=[train.tolist(), valid.tolist()])
-    return seeded_dls(pandas, seed, bs=bs, val_bs=2*bs)
+    return seeded_dls(dsets, seed, bs=bs, val_bs=2*bs)
 
 # %% ../nbs/07_data.ipynb #e440da80
 @dataclass
 class ImageData:
-    "Small images in memory, with one label each"
+    "Small images in memory and their labels"
     images:object # (N, H, W) or (N, C, H, W), uint8
-    labels:np.ndarray # (N,), int64
+    labels:np.ndarray # Class indices (N,), int64; or multi-hot labels (N, K), bool
     vocab:list # Class names
     files:list|None=None # Where each image came from
     split:tuple|None=None # Item numbers of the training and validation set, where the data say so
@@ -269,7 +282,11 @@ class ImageData:
         seed:int=42, # Seed of the split
     )->tuple: # Item numbers of the training and of the validation set
         "The split that the data come with, otherwise one in which every class has its share. ValueError where that cannot be"
-        return self.split if self.split is not None else stratified_split(self.labels, valid_pct, seed)
+        if self.split is not None: return self.split
+        if self.labels.ndim == 1: return stratified_split(self.labels, valid_pct, seed)
+        if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {valid_pct}.")
+        order = np.random.default_rng(seed).permutation(len(self.labels))
+        return order[int(len(order)*valid_pct):],order[:int(len(order)*valid_pct)]
 
     def fingerprint(self)->str: # 16 hexadecimal digits
         "Tells these images and labels from others"
@@ -298,6 +315,19 @@ def as_rgb(image):
     return image.convert('RGB')
 
 # %% ../nbs/07_data.ipynb #9c877350
+def read_images(files, size, progress=True):
+    "Images (N, 3, size, size) in a temporary file. One that cannot be read: ValueError that names it"
+    images = np.memmap(tempfile.TemporaryFile(), np.uint8, 'w+', shape=(len(files), 3, size, size))
+    bar = progress_bar(range(len(files)), leave=False) if progress else range(len(files))
+    for i in bar:
+        try:
+            with Image.open(files[i]) as image: small = ImageOps.fit(as_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BILINEAR)
+        except Exception as e: # whatever the reader of a damaged file raises
+            raise ValueError(f"Cannot read the image {files[i]} ({type(e).__name__}: {e}): repair it or take it away.") from None
+        images[i] = np.asarray(small).transpose(2, 0, 1)
+    return images
+
+# %% ../nbs/07_data.ipynb #a964b27e
 TRAIN,VALID = ('train', 'training'),('valid', 'val', 'validation', 'test')
 
 def folder_data(
@@ -325,19 +355,62 @@ def folder_data(
     if loose is not None: raise ValueError(f"{loose} is in no class: put each image into a folder with the name of its class.")
     vocab = sorted({*classes})
     if len(vocab) < 2: raise ValueError(f"{path} has one class, {vocab[0]!r}: there is nothing to tell apart.")
-    labels = np.searchsorted(vocab, classes)
-    images = np.memmap(tempfile.TemporaryFile(), np.uint8, 'w+', shape=(len(files), 3, size, size))
-    bar = progress_bar(range(len(files)), leave=False) if progress else range(len(files))
-    for i in bar:
-        try:
-            with Image.open(files[i]) as image: small = ImageOps.fit(as_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BILINEAR)
-        except Exception as e: # whatever the reader of a damaged file raises
-            raise ValueError(f"Cannot read the image {files[i]} ({type(e).__name__}: {e}): repair it or take it away.") from None
-        images[i] = np.asarray(small).transpose(2, 0, 1)
-    data = ImageData(images, labels.astype(np.int64), vocab, files)
+    data = ImageData(read_images(files, size, progress), np.searchsorted(vocab, classes).astype(np.int64), vocab, files)
     if split:
         train = np.array([p[0].lower() in TRAIN for p in parts])
         missing = {*range(len(vocab))} - {*data.labels[train].tolist()}
         if missing: raise ValueError(f"{path} has no training images of the class {vocab[min(missing)]!r}.")
         data.split = np.flatnonzero(train),np.flatnonzero(~train)
     return data
+
+# %% ../nbs/07_data.ipynb #9311dade
+def csv_data(
+    path, # CSV file with a column of image files, relative to it, and one of labels; `is_valid`, if there is such a column, is the split
+    size:int=128, # Side of the square that each image is cut and resized to, in pixels
+    delimiter:str|None=None, # Between several labels of an image. None: one label each
+    progress:bool=True, # Show a progress bar
+)->ImageData: # RGB
+    "Read a table of images. A missing column, file or label, or one class: ValueError that names it"
+    path = Path(path)
+    try: table = pd.read_csv(path, dtype=str)
+    except Exception as e: raise ValueError(f"Cannot read {path} as a table ({type(e).__name__}: {e}).") from None # whatever pandas raises
+    columns = [c for c in table.columns if c != 'is_valid']
+    if len(columns) < 2: raise ValueError(f"{path} needs a column of files and one of labels, but has {', '.join(table.columns) or 'none'}.")
+    if not len(table): raise ValueError(f"{path} has no rows.")
+    name,label = (next((c for c in columns if c.lower() in known), columns[i])
+                  for i, known in enumerate((('file', 'filename', 'image', 'fname', 'path'), ('label', 'labels', 'class', 'tags'))))
+    for column in (name, label):
+        empty = table[column].isna()
+        if empty.any() and not (column == label and delimiter): raise ValueError(f"{path} has no {column} in row {int(empty.to_numpy().argmax())+1}.")
+    files = [path.parent/f for f in table[name]]
+    missing = next((f for f in files if not f.is_file()), None)
+    if missing is not None: raise ValueError(f"{path} names {missing}, but there is no such file.")
+    labels = [[t for t in str(v).split(delimiter) if t] if isinstance(v, str) else [] for v in table[label]] if delimiter else [[v] for v in table[label]]
+    vocab = sorted({t for ts in labels for t in ts})
+    if len(vocab) < 2: raise ValueError(f"{path} has {len(vocab)} class{'' if len(vocab) == 1 else 'es'}: there is nothing to tell apart.")
+    hot = np.zeros((len(files), len(vocab)), bool)
+    for row, ts in zip(hot, labels): row[[vocab.index(t) for t in ts]] = True
+    data = ImageData(read_images(files, size, progress), hot if delimiter else hot.argmax(1), vocab, files)
+    if 'is_valid' in table.columns:
+        known = table['is_valid'].str.lower().map({'true': True, '1': True, 'false': False, '0': False})
+        if known.isna().any(): raise ValueError(f"is_valid must be True or False, but is {table['is_valid'][known.isna()].iloc[0]!r} in {path}.")
+        data.split = np.flatnonzero(~known.to_numpy(bool)),np.flatnonzero(known.to_numpy(bool))
+        if not all(map(len, data.split)): raise ValueError(f"is_valid puts every row of {path} on one side.")
+    return data
+
+# %% ../nbs/07_data.ipynb #3e0243b4
+def pets_data(
+    size:int=128, # Side of the square that each image is cut and resized to, in pixels
+    path=None, # Folder with the images, named as `Abyssinian_1.jpg`. None: fastai's download
+    progress:bool=True, # Show a progress bar
+)->ImageData: # RGB, 37 breeds
+    "The Oxford-IIIT pets, Parkhi et al. 2012, https://www.robots.ox.ac.uk/~vgg/data/pets. No network and no folder: ValueError"
+    if path is None:
+        try: path = untar_data(URLs.PETS)/'images'
+        except Exception as e: # whatever a failed download raises
+            raise ValueError(f"pets could not be downloaded ({type(e).__name__}): name a folder with a folder of images per class instead.") from None
+    files = image_files(path)
+    names = [f.stem.rpartition('_')[0] for f in files]
+    if not files or not all(names): raise ValueError(f"{path} does not hold images named as Abyssinian_1.jpg.")
+    vocab = sorted({*names})
+    return ImageData(read_images(files, size, progress), np.searchsorted(vocab, names).astype(np.int64), vocab, files)

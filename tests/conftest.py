@@ -1,10 +1,13 @@
 "Settings that every test shares"
+import os
 import warnings
 
-import matplotlib
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the tests run side by side, and so do the processes that they start; read when torch is loaded
+
+import matplotlib  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 matplotlib.use('Agg')
 settings.register_profile('default', deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

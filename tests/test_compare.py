@@ -125,7 +125,7 @@ def test_files_and_figures(tmp_path, capsys):
     out = tmp_path/'run'
     assert main(['compare', 'digits', *FAST, '--noise', '.2', '--eps', '.3', '--out', str(out)]) == 0
     printed = capsys.readouterr().out
-    assert {p.name for p in out.iterdir()} == {'config.json', 'predictions', 'reliability.png', 'report.html', 'runs.csv', 'summary.json'}
+    assert {p.name for p in out.iterdir() if p.name != '.lock'} == {'config.json', 'predictions', 'reliability.png', 'report.html', 'runs.csv', 'summary.json'}
     rows = list(csv.DictReader((out/'runs.csv').open()))
     assert [(r['method'], r['seed']) for r in rows] == [('ce', '0'), ('ls', '0'), ('ce', '1'), ('ls', '1')]
     s = json.loads((out/'summary.json').read_text())

@@ -27,10 +27,11 @@ LAYERS = {
     'calibration.temperature': {'calibration.metrics', 'calibration.predictions'},
     'calibration.interpretation': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature'},
     'calibration.eps_find': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature', 'callback', 'distributions', 'losses'},
-    'recipes.models': set(), 'recipes.comparison': {'calibration', 'callback', 'data', 'distributions', 'noise', 'recipes.models'},
+    'recipes.models': set(), 'recipes.files': set(),
+    'recipes.comparison': {'calibration', 'callback', 'data', 'distributions', 'noise', 'recipes.models', 'recipes.files'},
     'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'recipes.models'},
-    'recipes.training': {'calibration', 'recipes.registry'},
-    'cli': {'recipes', 'recipes.training'}}
+    'recipes.training': {'calibration', 'recipes.registry', 'recipes.files'},
+    'cli': {'recipes', 'recipes.training', 'recipes.files'}}
 TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}
 
 

@@ -8,10 +8,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/training.html.md"""
 __all__ = ['train', 'calibrate']
 
 # %% ../../nbs/08c_training.ipynb #3c2d5e46
-import fcntl
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,26 +20,10 @@ from fastai.torch_core import set_seed
 from matplotlib.figure import Figure
 
 from ..calibration import CalibrationInterpretation, TemperatureScaling, cross_fit, gather
+from .files import locked, write_text
 from .registry import recipe
 
 # %% ../../nbs/08c_training.ipynb #02be85da
-def write_text(path, text):
-    "Write a file whole or not at all"
-    temporary = Path(f'{path}.part')
-    with open(temporary, 'w', encoding='utf-8') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-@contextmanager
-def locked(folder):
-    "A folder that no other run may use meanwhile; ValueError if one does"
-    with open(Path(folder)/'.lock', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ValueError(f"{folder} is in use by another run: wait for it, or name another folder.") from None
-        yield
-
 def figures_of(predictions):
     "Figures as trained and after a cross-fitted temperature"
     return dict(as_trained=predictions.figures(), after_temperature=cross_fit(predictions)[0].figures())
