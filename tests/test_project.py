@@ -28,7 +28,9 @@ LAYERS = {
     'calibration.interpretation': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature'},
     'calibration.eps_find': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature', 'callback', 'distributions', 'losses'},
     'recipes.models': set(), 'recipes.files': set(),
-    'recipes.comparison': {'calibration', 'callback', 'data', 'distributions', 'noise', 'recipes.models', 'recipes.files'},
+    'recipes.comparison': {'calibration', 'callback', 'data', 'distributions', 'noise', 'recipes.models', 'recipes.files',
+                           'recipes.report'},
+    'recipes.report': {'calibration', 'callback', 'targets'},
     'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'recipes.models'},
     'recipes.training': {'calibration', 'recipes.registry', 'recipes.files'},
     'cli': {'recipes', 'recipes.training', 'recipes.files'}}

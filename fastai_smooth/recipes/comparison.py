@@ -8,14 +8,12 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/comparison.html.md"""
 __all__ = ['METRICS', 'method_callbacks', 'score', 'Comparison', 'verdict', 'table']
 
 # %% ../../nbs/08b_comparison.ipynb #f7eafda3
-import base64
 import csv
 import io
 import json
 import math
 import os
 import shlex
-import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -32,18 +30,18 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from fastprogress import progress_bar
-from jinja2 import Template
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 from sklearn.model_selection import train_test_split
 
-from ..calibration import CalibrationInterpretation, Predictions, fit_temperature
+from ..calibration import Predictions, fit_temperature
 from ..callback import LabelSmoothing, OneOf
 from ..data import EMBEDDED, ImageData, array_dls, csv_data, folder_data, multi_digits_data, pets_data
 from ..distributions import ClassPrior, Online, Similarity, Taxonomy, Zipf
 from ..noise import corrupt_labels, transition_matrix
 from .files import locked, write_text
 from .models import build_model
+from .report import plot_reliability, write_report
 
 # %% ../../nbs/08b_comparison.ipynb #44a82017
 SMOOTH = {'ls': "to all classes alike", 'prior': "by class frequency", 'similarity': "to classes whose mean training image is similar",
@@ -363,11 +361,12 @@ class Comparison:
         learn = self.learner(method, seed)
         with learn.no_logging():
             learn.fit_one_cycle(self.epochs, LEARNING_RATE)
+            losses = np.array([v[:2] for v in learn.recorder.values], dtype=np.float64) # before the prediction starts a new record
             logits, labels = (t.numpy() for t in learn.get_preds(act=torch.nn.Identity()))
         items = np.array([int(i) for i in learn.dls.valid_ds.items])
         fit, scored = train_test_split(np.arange(len(labels)), test_size=.5, random_state=seed, stratify=None if self.several else labels)
         return dict(logits=logits[scored], labels=labels[scored], fit_logits=logits[fit], fit_labels=labels[fit], items=items[scored],
-                    losses=np.array([v[:2] for v in learn.recorder.values], dtype=np.float64))
+                    losses=losses)
 
     # -- results
     def summary(self)->dict: # What `summary.json` holds
@@ -395,9 +394,15 @@ class Comparison:
         self.plot_reliability().savefig(png, dpi=120)
         (self.out/'reliability.png').write_bytes(png.getvalue())
         write_text(self.out/'summary.json', json.dumps(summary, indent=2))
-        write_text(self.out/'report.html', REPORT.render(
-            s=summary, metrics=METRICS, cell=cell, png=base64.b64encode(png.getvalue()).decode(),
-            command='fastai-smooth compare ' + shlex.join(self.arguments()), python=sys.version.split()[0], torch=torch.__version__))
+        write_text(self.out/'report.html', write_report(self, summary, 'fastai-smooth compare ' + shlex.join(self.arguments())))
+
+    def as_predictions(self, logits, labels):
+        "Logits and labels as something to score"
+        return predictions_of(logits, labels)
+
+    def best_method(self)->str:
+        "The method with the lowest negative log-likelihood after temperature"
+        return min(self.methods, key=lambda m: np.mean([r['nll_ts'] for r in self.rows if r['method'] == m]))
 
     def arguments(self)->list: # Of `fastai-smooth compare`
         "The arguments that repeat this comparison"
@@ -406,22 +411,7 @@ class Comparison:
 
     def plot_reliability(self)->Figure: # Two pairs of axes per method
         "Accuracy against confidence, all seeds together, as trained and after temperature scaling"
-        fig = Figure(figsize=(3.1*len(self.methods), 6.4), layout='constrained')
-        axs = fig.subplots(2, len(self.methods), sharex=True, sharey=True, squeeze=False)
-        for column, method in zip(axs.T, self.methods):
-            runs = [(self.predictions[method,r['seed']], r['temperature']) for r in self.rows if r['method'] == method]
-            together = predictions_of(*(np.concatenate([p[k] for p, _ in runs]) for k in ('logits', 'labels')))
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                fitted = [fit_temperature(predictions_of(p['fit_logits'], p['fit_labels'])) for p, _ in runs]
-            width = -1 if self.several else 1
-            temperature = torch.cat([torch.as_tensor(t, dtype=torch.float64).expand(len(p['labels']), width) for (p, _), t in zip(runs, fitted)])
-            for ax, predictions, when in zip(column, (together, together.scaled(temperature)), ('as trained', 'after temperature')):
-                CalibrationInterpretation(predictions).plot_reliability(ax=ax)
-                ax.set_title(f'{method}, {when}', pad=26)
-                ax.legend_.remove()
-                ax.label_outer()
-        return fig
+        return plot_reliability(self)
 
 # %% ../../nbs/08b_comparison.ipynb #4c659adf
 def cell(figure, digits=3):
@@ -486,29 +476,3 @@ def table(
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |' for line in lines]
     return '\n'.join([rows[0], '|' + '|'.join('-'*(w+2) for w in widths) + '|', *rows[1:]])
-
-# %% ../../nbs/08b_comparison.ipynb #26b84452
-REPORT = Template('''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Does smoothing help on {{ s.data|e }}?</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-td:first-child, th:first-child { text-align: left } .wide { overflow-x: auto } img { max-width: 100% } code { overflow-wrap: anywhere }
-.verdict { font-size: 1.15rem; border-left: 4px solid #222; padding-left: 1rem }
-</style></head><body>
-<h1>Does smoothing help on {{ s.data|e }}?</h1>
-<p class="verdict">{{ s.verdict|e }}</p>
-<p>{{ s.n_train }} training and {{ s.n_valid }} validation examples, {{ s.n_classes }} classes, {{ s.arch|e }}, {{ s.epochs }} epochs, {{ s.seeds }} seeds,
-label noise {{ s.noise }}, ε = {{ s.eps }}. Means ± half of the 95% interval over the seeds. "_ts": after temperature scaling, fitted on one half of the
-validation data; everything is scored on the other half.</p>
-<div class="wide"><table><tr><th>method</th>{% for k in metrics %}<th>{{ k }}</th>{% endfor %}</tr>
-{% for m, f in s.methods.items() %}<tr><td>{{ m|e }}</td>{% for k in metrics %}<td>{{ cell(f[k]) }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>
-<h2>Reliability</h2>
-<p>Accuracy against confidence. On the dotted line a confidence of 80% means right 8 times out of 10; above it a model is too modest, below it too sure.</p>
-<img alt="Reliability diagrams of {{ s.methods|join(', ') }}, as trained and after temperature scaling" src="data:image/png;base64,{{ png }}">
-<h2>Again</h2>
-<p><code>{{ command|e }}</code></p><p>Python {{ python }}, torch {{ torch }}.</p>
-</body></html>
-''')
