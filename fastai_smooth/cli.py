@@ -60,6 +60,7 @@ def _parser():
     p.add_argument('--seeds', type=int, default=3, help="how many seeds")
     p.add_argument('--arch', default='convnet', help="convnet, or the name of a timm model")
     p.add_argument('--weights', default=None, metavar='FILE', help="state dict to start from")
+    p.add_argument('--pretrained', action='store_true', help="start from timm's weights, which are downloaded once")
     p.add_argument('--bs', type=int, default=64, help="batch size")
     p.add_argument('--size', type=int, default=None, help="resize images to SIZE by SIZE pixels; None: as they are, or 128 for a folder")
     p.add_argument('--valid_pct', type=float, default=.2, help="share of the validation set, half of which fits the temperature")

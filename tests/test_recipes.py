@@ -23,7 +23,7 @@ from fastai_smooth.callback import CutMixMask, LabelSmoothing, OneOf
 from fastai_smooth.data import digit_masks, digits, embedded_table, multi_digits, words
 from fastai_smooth.distributions import Spatial
 from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
-from fastai_smooth.recipes import load_weights, recipe, recipes, small_convnet
+from fastai_smooth.recipes import build_model, load_weights, recipe, recipes, small_convnet
 
 # ResNet strikes back: epochs, smoothing, MixUp alpha, lr, weight decay, RandAugment magnitude, repeated augmentation, stochastic depth, train resolution
 TABLE = dict(a1=(600, .1, .2, 5e-3, .01, 7, True, .05, 224), a2=(300, 0., .1, 5e-3, .02, 7, True, .05, 224), a3=(100, 0., .1, 8e-3, .02, 6, False, 0., 160))
@@ -142,6 +142,8 @@ def test_without_a_network_there_is_one_line(monkeypatch):
     monkeypatch.setattr(registry, 'vision_learner', lambda *args, **kwargs: fails() if kwargs['pretrained'] else real(*args, **kwargs))
     with pytest.raises(ValueError, match=r'resnet18 could not be downloaded.*weights=FILE'): recipe('finetune').learner(digits(), arch='resnet18')
     recipe('finetune').learner(digits(), arch='resnet18', pretrained=False)
+    monkeypatch.setattr(timm, 'create_model', fails)
+    with pytest.raises(ValueError, match='resnet18 could not be downloaded'): build_model('resnet18', 3, 10, pretrained=True)
     monkeypatch.setattr(registry, 'vision_learner', lambda *args, **kwargs: 1/0)
     with pytest.raises(ZeroDivisionError): recipe('finetune').learner(digits(), arch='resnet18')
 

@@ -194,6 +194,7 @@ class Comparison:
     seeds:int=3 # How many seeds
     arch:str='convnet' # 'convnet' or a timm model
     weights:str|None=None # File with a state dict to start from
+    pretrained:bool=False # Whether to start from timm's weights, which are downloaded once
     bs:int=64 # Batch size
     size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, or 128 for a folder
     valid_pct:float=.2 # Share of the validation set (where the data don't say which it is), half of which fits the temperature
@@ -254,7 +255,7 @@ class Comparison:
         "One batch of zeros through the network: some need larger images"
         n = self.source.n_channels
         shape = (2, n, *((self.size, self.size) if self.size else self.source.images.shape[-2:]))
-        model = build_model(self.arch, n, len(self.vocab), self.weights).eval()
+        model = build_model(self.arch, n, len(self.vocab), self.weights, self.pretrained).eval()
         try:
             with torch.no_grad(): model(torch.zeros(shape))
         except (RuntimeError, AssertionError) as e:
@@ -264,7 +265,7 @@ class Comparison:
     # -- the folder
     @property
     def config(self): # What decides the figures of a run
-        return {k: getattr(self, k) for k in 'data delimiter eps noise pairs epochs arch weights bs size valid_pct fingerprint'.split()}
+        return {k: getattr(self, k) for k in 'data delimiter eps noise pairs epochs arch weights pretrained bs size valid_pct fingerprint'.split()}
 
     def _check_out(self):
         self.out = Path(self.out)
@@ -349,7 +350,7 @@ class Comparison:
                                                        self.confused)[0].numpy()
         size = self.size if self.data in SOURCES and self.data != 'pets' else None # files are read in their size
         dls = array_dls(self.source.images, labels, self.vocab, (train, valid), self.bs, size)
-        model = build_model(self.arch, self.source.n_channels, len(self.vocab), self.weights)
+        model = build_model(self.arch, self.source.n_channels, len(self.vocab), self.weights, self.pretrained)
         learn = Learner(dls, model, loss_func=loss_of(labels), cbs=method_callbacks(method, self.eps, dls))
         return learn.remove_cbs(ProgressCallback)
 
@@ -407,7 +408,8 @@ class Comparison:
     def arguments(self)->list: # Of `fastai-smooth compare`
         "The arguments that repeat this comparison"
         options = {'methods': ','.join(self.methods), **{k: v for k, v in self.config.items() if k not in ('data', 'fingerprint')}, 'seeds': self.seeds}
-        return [self.data, *(a for k, v in options.items() if v is not None for a in (f'--{k}', str(v)))]
+        flags = ['--pretrained'] if options.pop('pretrained') else []
+        return [self.data, *(a for k, v in options.items() if v is not None for a in (f'--{k}', str(v))), *flags]
 
     def plot_reliability(self)->Figure: # Two pairs of axes per method
         "Accuracy against confidence, all seeds together, as trained and after temperature scaling"

@@ -10,11 +10,29 @@ __all__ = ['load_weights', 'body_of', 'small_convnet', 'build_model', 'small_seg
 # %% ../../nbs/08a_models.ipynb #4fc3dc0e
 from collections.abc import Mapping
 from difflib import get_close_matches
+from urllib.error import URLError
+import ssl
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
+
+# %% ../../nbs/08a_models.ipynb #8732a7b4
+def is_offline(error):
+    "Whether an exception, or what caused it, is a failed download"
+    while error is not None:
+        if isinstance(error, (URLError, ConnectionError, TimeoutError, ssl.SSLError)): return True
+        if type(error).__module__.split('.')[0] in ('huggingface_hub', 'requests', 'urllib3', 'httpx', 'httpcore'): return True
+        error = error.__cause__ or error.__context__
+    return False
+
+def downloading(what, instead, f):
+    "Call `f`; a ValueError that says what to do if a download fails"
+    try: return f()
+    except Exception as e:
+        if not is_offline(e): raise
+        raise ValueError(f"{what} could not be downloaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}): {instead}") from None
 
 # %% ../../nbs/08a_models.ipynb #4c179266
 def load_weights(
@@ -65,10 +83,13 @@ def build_model(
     n_channels:int, # Channels of the images
     n_classes:int, # Number of classes
     weights:str|None=None, # File with a state dict; its head is left out if it has other classes
+    pretrained:bool=False, # Whether to start from timm's weights, which are downloaded once
 )->nn.Module: # Takes (N, n_channels, H, W), returns logits (N, n_classes)
     "The small convnet or a timm model. An unknown name or weights that don't fit: ValueError"
     if arch == 'convnet': model = small_convnet(n_channels, n_classes)
-    elif timm.is_model(arch): model = timm.create_model(arch, pretrained=False, in_chans=n_channels, num_classes=n_classes)
+    elif timm.is_model(arch):
+        make = lambda: timm.create_model(arch, pretrained=pretrained and weights is None, in_chans=n_channels, num_classes=n_classes)
+        model = downloading(f'The weights of {arch}', 'pass weights=FILE, or leave out pretrained.', make)
     else:
         near = get_close_matches(arch, ['convnet', *timm.list_models()], 3)
         raise ValueError(f"Unknown architecture {arch!r}: use 'convnet' or a timm model{', such as ' + ', '.join(near) if near else ''}.")

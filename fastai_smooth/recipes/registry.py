@@ -8,11 +8,9 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/recipes.html.md"""
 __all__ = ['recipes', 'RSB', 'Recipe', 'register', 'recipe']
 
 # %% ../../nbs/08_recipes.ipynb #b1988dd3
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import timm
@@ -40,7 +38,7 @@ from ..callback import CutMixMask, LabelSmoothing, OneOf
 from ..data import digit_masks, digits, embedded_table, multi_digits, words
 from ..distributions import Spatial
 from ..losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
-from .models import CharacterModel, CharacterNet, body_of, load_weights, small_convnet, small_segmenter
+from .models import CharacterModel, CharacterNet, body_of, downloading, load_weights, small_convnet, small_segmenter
 
 # %% ../../nbs/08_recipes.ipynb #9a924e05
 @dataclass(frozen=True)
@@ -113,22 +111,7 @@ def recipe(
     if name not in recipes: raise ValueError(f"There is no recipe {name!r}: there are {', '.join(recipes)}.")
     return recipes[name]
 
-# %% ../../nbs/08_recipes.ipynb #a91f3fbd
-def is_offline(error):
-    "Whether an exception, or what caused it, is a failed download"
-    while error is not None:
-        if isinstance(error, (URLError, ConnectionError, TimeoutError, ssl.SSLError)): return True
-        if type(error).__module__.split('.')[0] in ('huggingface_hub', 'requests', 'urllib3', 'httpx', 'httpcore'): return True
-        error = error.__cause__ or error.__context__
-    return False
-
-def downloading(what, instead, f):
-    "Call `f`; a ValueError that says what to do if a download fails"
-    try: return f()
-    except Exception as e:
-        if not is_offline(e): raise
-        raise ValueError(f"{what} could not be downloaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}): {instead}") from None
-
+# %% ../../nbs/08_recipes.ipynb #e4e40b21
 def image_learner(dls, s, **kwargs):
     "fastai's `vision_learner`: pretrained from the hub, or with weights from a file, or neither"
     arch,weights = body_of(s['arch']),s.get('weights')
