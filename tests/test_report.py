@@ -56,6 +56,17 @@ def test_targets_are_what_the_loss_sees(run):
     plt.close('all')
 
 
+def test_a_panel_per_method_however_many(run):
+    c = run[0]
+    assert len(c.methods) == 8, "two strengths of three methods"
+    for plot, panels in ((pages.plot_confidence, 8), (pages.plot_reliability, 16)):
+        shown = [ax for ax in plot(c).axes if ax.get_visible()]
+        assert len(shown) == panels and all(ax.patches for ax in shown)
+    for plot, n_axes in ((pages.plot_risk, 1), (pages.plot_losses, 2)):
+        fig = plot(c)
+        assert len(fig.axes) == n_axes and all(len(ax.lines) == 8 for ax in fig.axes)
+
+
 def test_errors_show_their_own_images(run):
     c = run[0]
     fig = pages.plot_errors(c)

@@ -97,7 +97,7 @@ def plot_confidence(comparison)->Figure:
     "How confident each method is where it is right and where it is wrong, after temperature"
     n,wide = len(comparison.methods),min(len(comparison.methods), 4)
     fig = Figure(figsize=(3.1*wide, 2.9*-(-n//wide)), layout='constrained')
-    axs = fig.subplots(-(-n//wide), wide, sharey=True, squeeze=False).flat
+    axs = list(fig.subplots(-(-n//wide), wide, sharey=True, squeeze=False).flat)
     for ax in axs: ax.set_visible(False)
     for ax, method in zip(axs, comparison.methods):
         ax.set_visible(True)
