@@ -15,9 +15,11 @@ import importlib
 import os
 import pkgutil
 import random
+import ssl
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
 
 import fastai.vision.data # noqa: F401  (teaches show_batch and show_results to draw grids of images)
 import numpy as np
@@ -398,17 +400,30 @@ def csv_data(
         if not all(map(len, data.split)): raise ValueError(f"is_valid puts every row of {path} on one side.")
     return data
 
-# %% ../nbs/07_data.ipynb #3e0243b4
+# %% ../nbs/07_data.ipynb #6f8e5450
+def is_offline(error):
+    "Whether an exception, or what caused it, is a failed download"
+    while error is not None:
+        if isinstance(error, (URLError, ConnectionError, TimeoutError, ssl.SSLError)): return True
+        if type(error).__module__.split('.')[0] in ('huggingface_hub', 'requests', 'urllib3', 'httpx', 'httpcore'): return True
+        error = error.__cause__ or error.__context__
+    return False
+
+def downloading(what, instead, f):
+    "Call `f`; a ValueError that says what to do if a download fails"
+    try: return f()
+    except Exception as e:
+        if not is_offline(e): raise
+        raise ValueError(f"{what} could not be downloaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}): {instead}") from None
+
+# %% ../nbs/07_data.ipynb #32317e0f
 def pets_data(
     size:int=128, # Side of the square that each image is cut and resized to, in pixels
     path=None, # Folder with the images, named as `Abyssinian_1.jpg`. None: fastai's download
     progress:bool=True, # Show a progress bar
 )->ImageData: # RGB, 37 breeds
     "The Oxford-IIIT pets, Parkhi et al. 2012, https://www.robots.ox.ac.uk/~vgg/data/pets. No network and no folder: ValueError"
-    if path is None:
-        try: path = untar_data(URLs.PETS)/'images'
-        except Exception as e: # whatever a failed download raises
-            raise ValueError(f"pets could not be downloaded ({type(e).__name__}): name a folder with a folder of images per class instead.") from None
+    if path is None: path = downloading('pets', 'name a folder with a folder of images per class instead.', lambda: untar_data(URLs.PETS))/'images'
     files = image_files(path)
     names = [f.stem.rpartition('_')[0] for f in files]
     if not files or not all(names): raise ValueError(f"{path} does not hold images named as Abyssinian_1.jpg.")

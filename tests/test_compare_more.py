@@ -180,3 +180,13 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_rest(tmp_path, monkeypatch, 
     assert len(list((tmp_path/'run'/'predictions').glob('*.npz'))) == 2 and len((tmp_path/'run'/'runs.csv').read_text().splitlines()) == 3
     monkeypatch.setattr(Comparison, '_keep', keep)
     assert main([*args, '--resume']) == 0
+
+
+def test_a_run_that_came_first_keeps_its_folder(tmp_path):
+    "Two runs look at the same empty folder; the second one to start does not overwrite what the first has noted"
+    first, second = (Comparison('digits', ('ce',), epochs=1, seeds=1, eps=eps, out=tmp_path/'run') for eps in (.1, .2))
+    first.run(progress=False)
+    noted = (tmp_path/'run'/'config.json').read_text()
+    with pytest.raises(ValueError, match='another run by now'): second.run(progress=False)
+    assert (tmp_path/'run'/'config.json').read_text() == noted
+    with pytest.raises(ValueError, match='eps is empty'): Comparison('digits', ('ce', 'ls'), eps=[])

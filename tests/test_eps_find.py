@@ -304,3 +304,10 @@ def test_progress_is_shown(capsys):
     learn.add_cb(ProgressCallback())
     learn.eps_find(EPS, show_plot=False)
     assert '100.00%' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('what, words', [('lr', 'learn.lr is not one number'), ('dist', 'learns or remembers')])
+def test_what_does_not_fit_one_pass_is_said(what, words, capsys):
+    learn = make(lr=[1e-3, 3e-3] if what == 'lr' else 3e-3)
+    learn.eps_find((0, .1), Online(10) if what == 'dist' else None, show_plot=False)
+    assert words in capsys.readouterr().out

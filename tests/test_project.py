@@ -27,7 +27,7 @@ LAYERS = {
     'calibration.temperature': {'calibration.metrics', 'calibration.predictions'},
     'calibration.interpretation': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature'},
     'calibration.eps_find': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature', 'callback', 'distributions', 'losses'},
-    'recipes.models': set(), 'recipes.files': set(),
+    'recipes.models': {'data'}, 'recipes.files': set(),
     'recipes.comparison': {'calibration', 'callback', 'data', 'distributions', 'noise', 'recipes.models', 'recipes.files',
                            'recipes.report'},
     'recipes.report': {'calibration', 'callback', 'targets'},

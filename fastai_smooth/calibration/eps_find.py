@@ -225,9 +225,10 @@ def eps_find(self:Learner,
     n_body = frozen_part(self.model)
     trained = [cb for cb in self.cbs if joins_in(cb) and not isinstance(cb, DEFAULT) and not is_watching(cb)]
     hinder = next((cb for cb in trained if in_the_step(cb)), None)
-    if n_body and hinder is not None:
-        print(f"{type(hinder).__name__} takes part in each step, so every strength is trained on its own rather than all in one pass.")
-    together = n_body > 0 and hinder is None and is_plain(dist) and isinstance(self.lr, Real) # a rate per group needs the learner's own groups
+    reason = (f'{type(hinder).__name__} takes part in each step' if hinder is not None else f'{dist!r} learns or remembers' if not is_plain(dist) else
+              'learn.lr is not one number' if not isinstance(self.lr, Real) else None) # a rate per group needs the learner's own groups
+    if n_body and reason: print(f"{reason}, so every strength is trained on its own rather than all in one pass.")
+    together = n_body > 0 and reason is None
     own = next((cb for cb in self.cbs if isinstance(cb, LabelSmoothing)), None) # its strength stands aside, what it says about the targets holds
     settings = {n: getattr(own, n) for n in ('n_classes', 'axis', 'convention', 'target') if own is not None}
     if dist is not None: settings.pop('convention', None)

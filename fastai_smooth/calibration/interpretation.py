@@ -17,7 +17,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from .metrics import AURC, ECE, confidence_of
+from .metrics import AURC, ECE, confidence_of, decision_of
 from .predictions import Predictions, beside, gather, kept_modes
 from .temperature import cross_fit, fit_temperature
 
@@ -183,8 +183,7 @@ class CalibrationInterpretation:
         ax=None, # Axes to draw in
     ): # The axes
         "How confident the model is where it is right and where it is wrong"
-        p,right = self.confidence()
-        if self.predictions.binary: p,right = np.maximum(p, 1-p),np.where(p > .5, right, 1-right)
+        p,right = (v.numpy() for v in decision_of(self.predictions))
         ax = axes(ax)
         edges = np.linspace(.5 if self.predictions.binary else 0, 1, n_bins+1)
         ax.hist(p, edges, weights=right, color='.8', edgecolor='.5', label=f'right ({right.sum():.0f})')

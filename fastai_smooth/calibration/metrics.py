@@ -164,9 +164,11 @@ def nll_of(
     log = lambda p: p.clamp(min=torch.finfo(torch.float64).tiny).log()
     if rows.binary:
         known = ~q.isnan()
-        z,q,p = z[known],q[known],rows.p[known]
+        z,q = z[known],q[known]
         if rows.form == 'sigmoid': each = torch.nn.functional.softplus(z) - torch.where(q > 0, q*z, 0.)
-        else: each = -(q*log(p) + (1-q)*log(1-p))
+        else:
+            p = rows.p[known]
+            each = -(q*log(p) + (1-q)*log(1-p))
         weight = torch.ones_like(each)
     else:
         log_p = z.log_softmax(1) if rows.form == 'softmax' else z if rows.form == 'exp' else log(rows.p)
@@ -183,10 +185,20 @@ def confidence_of(
     confidence,guess = rows.p.max(1)
     return confidence,rows.q.gather(1, guess[:,None])[:,0]
 
+def decision_of(
+    rows:Rows # Or `Predictions`
+)->tuple: # Confidence in the decision and how right it is, 1-D
+    "As `confidence_of`, but for binary classes of the answer, yes or no, that is given"
+    p,right = confidence_of(rows)
+    return (torch.maximum(p, 1-p),torch.where(p > .5, right, 1-right)) if rows.binary else (p,right)
+
 # %% ../../nbs/05_calibration.ipynb #121a7950
 class _Calibration(Metric):
     "Base: brings batches into one form and hands them to `add`"
-    def __init__(self, act=None): self.act = act
+    def __init__(self,
+        act=None # Turns predictions into probabilities. None: the activation of the loss
+    ): self.act = act
+
     def reset(self): self.n,self.broken = 0,False
     def accumulate(self, learn):
         pred,y = (learn.to_detach(t) for t in (learn.pred, learn.y))
@@ -302,10 +314,6 @@ class AdaptiveECE(_Kept):
 
 class NLL(_Mean):
     "Negative log-likelihood of the labels in nats, whatever the training loss. Never inf: a probability of 0 counts as the smallest number"
-    def __init__(self,
-        act=None # Turns predictions into probabilities. None: the activation of the loss
-    ): super().__init__(act)
-
     def add(self, rows):
         each,weight = nll_of(rows)
         self.total += (each*weight).sum().item()
@@ -313,10 +321,6 @@ class NLL(_Mean):
 
 class Brier(_Mean):
     "Brier score: squared distance of the probabilities from the label, summed over the classes, mean over the examples. Brier 1950"
-    def __init__(self,
-        act=None # Turns predictions into probabilities. None: the activation of the loss
-    ): super().__init__(act)
-
     def add(self, rows):
         self.total += (rows.p-rows.q).square().nansum().item()
         self.n += int((~rows.q.isnan()).any(1).sum())
@@ -336,14 +340,13 @@ class AURC(_Kept):
     @property
     def name(self)->str: return 'aurc' if self.score == 'msp' else 'aurc_logit_norm'
     def add(self, rows):
-        p,right = confidence_of(rows)
+        confidence,right = decision_of(rows)
         if self.score == 'logit_norm':
             if rows.binary: raise ValueError("score='logit_norm' compares the logits of exclusive classes: use 'msp' for several labels.")
             z = rows.z.double()
             norm = z.norm(self.p, dim=1)
             self.keep(torch.where(norm > 0, z.amax(1)/norm, 0.), right)
-        elif rows.binary: self.keep(torch.maximum(p, 1-p), torch.where(p > .5, right, 1-right))
-        else: self.keep(p, right)
+        else: self.keep(confidence, right)
 
     def figure(self):
         _,right = self.sorted(descending=True)

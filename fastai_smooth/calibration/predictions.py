@@ -18,7 +18,7 @@ from fastai.learner import CastToTensor, Learner, Recorder
 from fastcore.foundation import L
 from torch import Tensor
 
-from .metrics import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, as_rows, sums_to_one
+from .metrics import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, Rows, as_rows, decision_of
 
 # %% ../../nbs/05a_predictions.ipynb #7374d91f
 DEFAULT = TrainEvalCallback, Recorder, CastToTensor, ProgressCallback # what every learner has
@@ -70,7 +70,7 @@ class kept_modes:
 # %% ../../nbs/05a_predictions.ipynb #ba97d831
 FIGURES = dict(nll=NLL, ece=ECE, adaptive_ece=AdaptiveECE, classwise_ece=ClasswiseECE, mce=MCE, brier=Brier, aurc=AURC)
 
-class Predictions:
+class Predictions(Rows):
     "Predictions and targets of a data set, a row per example, or per pixel that is not ignored"
     def __init__(self,
         z:Tensor, # Predictions (M, K)
@@ -82,10 +82,8 @@ class Predictions:
         axis:int=-1, # Class dimension of the model's predictions
         mass:Tensor|None=None, # Of the targets, (M,). None: 1 each
     ):
-        self.z,self.q,self.example,self.act,self.form,self.binary,self.axis = z,q,example,act,form,binary,axis
-        self.mass = torch.ones(len(z), dtype=torch.float64) if mass is None else mass
+        super().__init__(z, q, torch.ones(len(z), dtype=torch.float64) if mass is None else mass, example, act, form, binary, axis)
         if not len(z) or q.isnan().all(): raise ValueError("There is nothing to score: no example, or every label is ignored.")
-        self.p = sums_to_one(act(z.double()), binary)
         if self.p.isnan().any(): raise ValueError(f"The prediction for the example {int(example[self.p.isnan().any(1)][0])} is nan: look for what went "
                                                   "wrong in training before asking how well calibrated it is.")
 
@@ -104,7 +102,7 @@ class Predictions:
     def __repr__(self): return f"Predictions({len(self)} rows, {self.z.shape[1]} {'labels' if self.binary else 'classes'})"
     def __getitem__(self, i)->'Predictions':
         new = copy.copy(self)
-        new.z,new.q,new.example,new.p,new.mass = self.z[i],self.q[i],self.example[i],self.p[i],self.mass[i]
+        new.__dict__.update({n: v[i] for n, v in vars(self).items() if n in ('z', 'q', 'example', 'mass', '_p')})
         return new
 
     def scaled(self,
@@ -113,28 +111,12 @@ class Predictions:
         "With probabilities after a temperature"
         new = copy.copy(self)
         new.z = rescale(self.z.double(), temperature, self.form, 1)
-        new.p = self.act(new.z)
+        vars(new).pop('_p', None)
         return new
-
-    def nll_at(self)->callable: # From a temperature to a number
-        "The negative log-likelihood as a function of a temperature"
-        z,form = self.z.double(),self.form
-        if self.binary and form == 'sigmoid' and z.isfinite().all():
-            known = ~self.q.isnan()
-            z,mean_true = z[known],(self.q[known]*z[known]).mean()
-            return lambda t: (torch.nn.functional.softplus(z/t).mean()-mean_true/t).item()
-        if not self.binary and form in ('softmax', 'exp'):
-            share = self.mass/self.mass.sum()
-            mean_true = (share*torch.where(self.q > 0, self.q*z, 0.).sum(1)).sum() # a class that is ruled out, with the logit -inf, may be
-            if mean_true.isfinite(): return lambda t: ((share*(z/t).logsumexp(1)).sum()-mean_true/t).item()
-        return lambda t: self.scaled(t).figures(['nll'])['nll']
 
     def right(self)->Tensor: # (M,), or one per known entry
         "How right each decision is: the share of the target at the most probable class, or whether p > ½ says what the label says"
-        if not self.binary: return self.q.gather(1, self.p.argmax(1, keepdim=True))[:,0]
-        known = ~self.q.isnan()
-        p,q = self.p[known],self.q[known]
-        return torch.where(p > .5, q, 1-q)
+        return decision_of(self)[1]
 
     def figures(self,
         names=('accuracy', *FIGURES), # Which
@@ -219,15 +201,15 @@ def gather(
         order = list(dl.get_idxs())
         dl = dl.new(get_idxs=_Constant(order))
         order = [int(i) for i in order] if all(isinstance(i, Integral) for i in order) else None
-        passed = _Passed(dl.do_item) if hasattr(dl, 'do_item') else None
-        if passed is not None: dl.do_item = passed
+        made = _NotesSkips(dl.do_item) if hasattr(dl, 'do_item') else None
+        if made is not None: dl.do_item = made
     new,cb = beside(learn, learn.model),_Collect(act, max_elements)
     if any(isinstance(c, ProgressCallback) for c in learn.cbs): new.add_cb(ProgressCallback())
     with kept_modes(learn.model): new.validate(dl=dl, cbs=[cb])
-    if order is not None and passed is not None and passed.skipped: order = [i for i in order if i not in passed.skipped]
+    if order is not None and made is not None and made.skipped: order = [i for i in order if i not in made.skipped]
     return cb.predictions(order)
 
-class _Passed:
+class _NotesSkips:
     "Makes the items of a data loader, and notes which were skipped"
     def __init__(self, do_item): self.do_item,self.skipped = do_item,set()
     def __call__(self, i):

@@ -27,10 +27,9 @@ from .predictions import Predictions, beside, copied_model, gather, rescale
 # %% ../../nbs/05b_temperature.ipynb #0db1fadf
 LOWEST,HIGHEST = .01,100.
 
-def _coldest(predictions):
+def _most_likely(predictions):
     "The temperature with the least negative log-likelihood"
-    nll = predictions.nll_at()
-    f = lambda log_t: nll(math.exp(log_t))
+    f = lambda log_t: predictions.scaled(math.exp(log_t)).figures(['nll'])['nll']
     grid = torch.linspace(math.log(LOWEST), math.log(HIGHEST), 13, dtype=torch.float64).tolist()
     values = [f(x) for x in grid]
     i = min(range(len(grid)), key=values.__getitem__)
@@ -43,15 +42,15 @@ def fit_temperature(
 )->float|Tensor: # T in [.01, 100]; one per label, (K,), where each class is a question of its own
     "The temperature that makes the targets most likely. A warning where it is at the end of its range"
     if not predictions.binary:
-        t = _coldest(predictions)
+        t = _most_likely(predictions)
         at_the_end = [''] if not LOWEST*1.01 < t < HIGHEST/1.01 else []
     else:
         each = []
         for k in range(predictions.z.shape[1]):
             known = ~predictions.q[:,k].isnan()
             one = predictions[known]
-            one.z,one.q,one.p = (v[:,k:k+1] for v in (one.z, one.q, one.p))
-            each.append(_coldest(one) if known.any() else 1.)
+            one.__dict__.update({n: v[:,k:k+1] for n, v in vars(one).items() if n in ('z', 'q', '_p')})
+            each.append(_most_likely(one) if known.any() else 1.)
         at_the_end = [f' of label {k}' for k, t in enumerate(each) if not LOWEST*1.01 < t < HIGHEST/1.01]
         t = torch.tensor(each, dtype=torch.float64)
     if at_the_end: warnings.warn(f"The temperature{at_the_end[0]} is at the end of its range, {LOWEST} to {HIGHEST:g}: the decisions on this data are all "

@@ -39,7 +39,7 @@ from ..callback import LabelSmoothing, OneOf
 from ..data import EMBEDDED, ImageData, array_dls, csv_data, folder_data, multi_digits_data, pets_data
 from ..distributions import ClassPrior, Online, Similarity, Taxonomy, Zipf
 from ..noise import corrupt_labels, transition_matrix
-from .files import locked, write_text
+from .files import InUse, locked, write_text
 from .models import build_model
 from .report import plot_reliability, write_report
 
@@ -87,9 +87,8 @@ def split_method(method, eps=.1):
 
 def with_strengths(methods, eps):
     "Methods that smooth once for each strength, if there are several"
-    if len(eps) == 1: return tuple(methods)
-    return tuple(f'{m}@{e:g}' if any(p in SMOOTH for p in m.split('+')) and '@' not in m else m for m in methods for e in
-                 (eps if any(p in SMOOTH for p in m.split('+')) and '@' not in m else eps[:1]))
+    open_to_it = lambda m: len(eps) > 1 and '@' not in m and any(p in SMOOTH for p in m.split('+'))
+    return tuple(name for m in methods for name in ([f'{m}@{e:g}' for e in eps] if open_to_it(m) else [m]))
 
 # %% ../../nbs/08b_comparison.ipynb #a476fdc3
 def method_callbacks(
@@ -187,7 +186,7 @@ class Comparison:
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"
     data:str='digits' # 'digits', 'mnist5k', 'multi_digits', 'pets', a folder of class folders, or a CSV of files and labels
     methods:tuple=('ce', 'ls', 'mixup', 'mixup+ls') # See `method_callbacks`
-    eps:float=.1 # Smoothing strength of 'ls', in [0, 1]
+    eps:float=.1 # Smoothing strength, in [0, 1]; of several, every smoothing method is tried with each
     noise:float=0. # Share of training labels that are wrong, in [0, 1)
     pairs:str|None=None # Which classes the wrong labels confuse, such as '4:9,9:4'. None: any with any
     epochs:int|None=None # Passes over the training set. None: what suits the data
@@ -210,6 +209,7 @@ class Comparison:
             raise ValueError(f"Unknown data set {self.data!r}: use one of {', '.join(SOURCES)}, a folder of class folders, or a CSV of files and labels.")
         self.methods = tuple(self.methods)
         if not isinstance(self.eps, (int, float)):
+            if not len(self.eps): raise ValueError("eps is empty: name at least one strength, such as .1.")
             self.methods = with_strengths(self.methods, self.eps)
             self.eps = self.eps[0]
         if not self.methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
@@ -288,10 +288,15 @@ class Comparison:
     def _file(self, method, seed): return self.out/'predictions'/f'{method}-{seed}.npz'
 
     def make_folder(self):
-        "Make the folder of the results, if there is to be one, and note the arguments in it"
-        if self.out is None: return
-        (self.out/'predictions').mkdir(parents=True, exist_ok=True)
-        write_text(self.out/'config.json', json.dumps(self.config, indent=2))
+        "Make the folder of the results, if there is to be one"
+        if self.out is not None: (self.out/'predictions').mkdir(parents=True, exist_ok=True)
+
+    def _claim(self):
+        "Note the arguments in the folder, now that nobody else can: another run may have come first since it was looked at"
+        note = self.out/'config.json'
+        if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(self.config)):
+            raise InUse(f"{self.out} holds another run by now: name another folder.")
+        write_text(note, json.dumps(self.config, indent=2))
 
     # -- running
     def run(self,
@@ -300,6 +305,7 @@ class Comparison:
         "Train every method with every seed, and score. With `out`, each finished run is kept there at once"
         self.make_folder()
         with locked(self.out) if self.out is not None else nullcontext():
+            if self.out is not None: self._claim()
             self.rows,self.predictions = [],{}
             runs = [(m, s) for s in range(self.seeds) for m in self.methods]
             bar = progress_bar(range(len(runs))) if progress else range(len(runs))
@@ -318,7 +324,8 @@ class Comparison:
             for run in runs: yield self._stored(*run) or self._keep(self.train(*run), *run)
             return
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'jobs')}
-        with ProcessPoolExecutor(self.jobs, get_context('spawn'), _start_worker, (settings, max((os.cpu_count() or 1)//self.jobs, 1))) as pool:
+        threads = max((os.cpu_count() or 1)//self.jobs, 1)
+        with ProcessPoolExecutor(self.jobs, get_context('spawn'), _start_worker, (settings, threads)) as pool:
             waiting = [self._stored(*run) or pool.submit(_run_in_worker, *run) for run in runs]
             try:
                 for run, res in zip(runs, waiting): yield res if isinstance(res, dict) else self._keep(res.result(), *run)

@@ -10,29 +10,13 @@ __all__ = ['load_weights', 'body_of', 'small_convnet', 'build_model', 'small_seg
 # %% ../../nbs/08a_models.ipynb #4fc3dc0e
 from collections.abc import Mapping
 from difflib import get_close_matches
-from urllib.error import URLError
-import ssl
 
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
 
-# %% ../../nbs/08a_models.ipynb #8732a7b4
-def is_offline(error):
-    "Whether an exception, or what caused it, is a failed download"
-    while error is not None:
-        if isinstance(error, (URLError, ConnectionError, TimeoutError, ssl.SSLError)): return True
-        if type(error).__module__.split('.')[0] in ('huggingface_hub', 'requests', 'urllib3', 'httpx', 'httpcore'): return True
-        error = error.__cause__ or error.__context__
-    return False
-
-def downloading(what, instead, f):
-    "Call `f`; a ValueError that says what to do if a download fails"
-    try: return f()
-    except Exception as e:
-        if not is_offline(e): raise
-        raise ValueError(f"{what} could not be downloaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}): {instead}") from None
+from ..data import downloading
 
 # %% ../../nbs/08a_models.ipynb #4c179266
 def load_weights(

@@ -35,10 +35,10 @@ from fasttransform import Transform
 
 from ..calibration import ECE, NLL, TemperatureScaling
 from ..callback import CutMixMask, LabelSmoothing, OneOf
-from ..data import digit_masks, digits, embedded_table, multi_digits, words
+from ..data import digit_masks, digits, downloading, embedded_table, multi_digits, words
 from ..distributions import Spatial
 from ..losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
-from .models import CharacterModel, CharacterNet, body_of, downloading, load_weights, small_convnet, small_segmenter
+from .models import CharacterModel, CharacterNet, body_of, load_weights, small_convnet, small_segmenter
 
 # %% ../../nbs/08_recipes.ipynb #9a924e05
 @dataclass(frozen=True)

@@ -143,8 +143,7 @@ class _Targets(Callback):
         head = smoothing._pass.heads[0]
         mixed,eps = self.learn.yb[0],smoothing.current_eps()
         q = mixed.dense() if hasattr(mixed, 'dense') else torch.as_tensor(mixed).as_subclass(torch.Tensor).float()
-        dist = None if type(smoothing.dist).__name__ == 'Zipf' else smoothing.dist # which ranks predictions, and there are none yet
-        self.target = smooth_binary(q, eps) if head.binary else spread(q, eps, 1, dist)
+        self.target = smooth_binary(q, eps) if head.binary else spread(q, eps, 1, smoothing.dist)
         self.image = self.learn.xb[0].as_subclass(torch.Tensor).detach().clone()
         self.mixed = q
         raise CancelFitException
@@ -156,7 +155,7 @@ class _Before(Callback):
 
 def plot_targets(comparison, n=5)->Figure|None:
     "What the loss sees of one batch: the image, what the mixer made of it, and the target after mixing and smoothing"
-    smoothing = [m for m in comparison.methods if m != 'ce']
+    smoothing = [m for m in comparison.methods if m != 'ce' and 'zipf' not in m] # zipf ranks predictions, and there are none yet
     if not smoothing: return None
     method = max(smoothing, key=lambda m: ('+' in m, 'ls' in m))
     learn = comparison.learner(method, 0)

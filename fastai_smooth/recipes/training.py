@@ -28,6 +28,14 @@ def figures_of(predictions):
     "Figures as trained and after a cross-fitted temperature"
     return dict(as_trained=predictions.figures(), after_temperature=cross_fit(predictions)[0].figures())
 
+def check_folder(out, config, resume):
+    "A folder with other files than those of the same run, or with those and nobody wants to resume: ValueError"
+    if not out.exists() or not [p for p in out.iterdir() if p.name != '.lock']: return
+    try: other = json.loads((out/'config.json').read_text()) != config
+    except (OSError, ValueError): other = True
+    if other or not resume:
+        raise ValueError(f"{out} holds {'another run: name another folder.' if other else 'this run: name another folder, or resume it.'}")
+
 def plot_both(predictions)->Figure:
     "Reliability as trained and after temperature, side by side"
     fig = Figure(figsize=(8, 4), layout='constrained')
@@ -48,17 +56,12 @@ def train(
     settings,out = r.changed(changes),Path(out)
     config = json.loads(json.dumps(dict(recipe=name, data=None if data is None else str(data), settings=settings)))
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: name another folder.")
-    before = [p.name for p in out.iterdir() if p.name != '.lock'] if out.exists() else []
-    if before:
-        try: then = json.loads((out/'config.json').read_text())
-        except (OSError, ValueError): then = None
-        if not resume or then != config:
-            other = then != config
-            raise ValueError(f"{out} holds {'another run: name another folder.' if other else 'this run: name another folder, or resume it.'}")
+    check_folder(out, config, resume)
     set_seed(settings.get('seed', 42), reproducible=True)
     learn = r.learner(r.dls(data, **changes), **changes)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
+        check_folder(out, config, resume) # again: another run may have come first since
         done = out/'summary.json'
         if done.exists() and (out/'learner.pkl').exists(): return json.loads(done.read_text())
         write_text(out/'config.json', json.dumps(config, indent=2))
