@@ -47,21 +47,23 @@ def _parser():
     p = commands.add_parser('compare', help="methods side by side over seeds, before and after temperature scaling",
                             formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('data', nargs='?', default='digits', metavar='DATA',
-                   help="digits, mnist5k, multi_digits, pets, a folder with a folder of images per class (or with train and valid), "
-                                                                                  "or a CSV of files and labels")
+                   help="an embedded set (digits, mnist5k, multi_digits, digit_masks, words, breast_cancer, wine, iris), pets, a folder with a folder of "
+                        "images per class (perhaps below train and valid), a folder of images, labels and codes.txt, or a CSV of files or texts and labels")
     p.add_argument('--delimiter', default=None, help="between several labels of an image in a CSV")
     p.add_argument('--jobs', type=int, default=1, help="how many runs at a time")
-    p.add_argument('--methods', type=_methods, default='ce,ls,mixup,mixup+ls',
+    p.add_argument('--methods', type=_methods, default=None,
                    help="comma-separated: ce, or one of ls, prior, similarity, taxonomy, ols, zipf and any of mixup, cutmix, joined by +")
     p.add_argument('--eps', type=_numbers, default=.1, help="smoothing strength, in [0, 1]; several, such as .1,.3, try each of them; or ls@.3")
-    p.add_argument('--noise', type=float, default=0., help="share of training labels to falsify, in [0, 1)")
+    p.add_argument('--noise', type=_numbers, default=0., help="share of training labels to falsify, in [0, 1); several, such as 0,.2,.4, try each; or ls~.2")
     p.add_argument('--pairs', default=None, help="which classes the false labels confuse, such as 4:9,9:4; None: any with any")
     p.add_argument('--epochs', type=int, default=None, help="passes over the training set; None: what suits the data")
     p.add_argument('--seeds', type=int, default=3, help="how many seeds")
-    p.add_argument('--arch', default='convnet', help="convnet, or the name of a timm model")
+    p.add_argument('--arch', default=None, help="a timm model for images, a torchvision model for masks; None: a small network that suits the data")
     p.add_argument('--weights', default=None, metavar='FILE', help="state dict to start from")
     p.add_argument('--pretrained', action='store_true', help="start from timm's weights, which are downloaded once")
     p.add_argument('--bs', type=int, default=64, help="batch size")
+    p.add_argument('--lr', type=float, default=None, help="highest learning rate; None: what suits the data")
+    p.add_argument('--ignore', type=int, default=None, help="number in the masks of pixels to ignore, such as 255")
     p.add_argument('--size', type=int, default=None, help="resize images to SIZE by SIZE pixels; None: as they are, or 128 for a folder")
     p.add_argument('--valid_pct', type=float, default=.2, help="share of the validation set, half of which fits the temperature")
     p.add_argument('--out', default=None, metavar='DIR', help="folder for the results; None: a new one in fastai_smooth_runs")
@@ -107,7 +109,7 @@ def compare(
         comparison = Comparison(out=out, resume=resume, **arguments)
         comparison.make_folder()
     except (ValueError, ImportError, OSError) as e: return refused('compare', e)
-    print(f"{comparison.data}: {comparison.n_train} training and {comparison.n_valid} validation images, {len(comparison.methods)} methods, "
+    print(f"{comparison.data}: {comparison.n_train} training and {comparison.n_valid} validation {comparison.unit}, {len(comparison.methods)} methods, "
           f"{comparison.seeds} seeds, {comparison.epochs} epochs each", flush=True)
     try: summary = comparison.run()
     except (InUse, OSError) as e: return refused('compare', e) # what is finished is kept, and --resume goes on from there
@@ -143,7 +145,7 @@ def train(
         out = Path(out or Path('fastai_smooth_runs')/f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
         summary = run(name, data, out, resume, **{k: v for k, v in settings.items() if v is not None}, **dict(set))
     except (ValueError, ImportError, OSError) as e: return refused('train', e)
-    print(f"\n{shown(summary)}\n\nLearner: {out/'learner.pkl'}")
+    print(f"\n{shown(summary)}\n\nLearner: {out/'learner.pkl'}\nReport: {out/'report.html'}")
     return 0
 
 def calibrate(

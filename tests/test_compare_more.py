@@ -16,9 +16,9 @@ from scipy import stats
 from test_folders import write_digits
 
 from fastai_smooth.cli import main
-from fastai_smooth.data import csv_data, multi_digits_data, pets_data
 from fastai_smooth.recipes import Comparison, method_callbacks, verdict
-from fastai_smooth.recipes.comparison import with_strengths
+from fastai_smooth.recipes.methods import with_each
+from fastai_smooth.sources import csv_data, pets_data, read_source
 
 FAST = ['--epochs', '1', '--seeds', '2']
 
@@ -91,15 +91,15 @@ def test_several_labels_end_to_end(tmp_path):
 @pytest.mark.parametrize('args, words', [(['--noise', '.1'], 'noise'), (['--methods', 'ce,prior'], "'prior' spreads mass")])
 def test_what_several_labels_do_not_have(args, words, tmp_path, capsys):
     assert main(['compare', 'multi_digits', *args, '--out', str(tmp_path/'x')]) == 2 and words in capsys.readouterr().err
-    assert multi_digits_data().labels.shape == (2000, 10)
+    assert read_source('multi_digits').labels.shape == (2000, 10)
 
 
 # -- strengths
 
 def test_strengths():
-    each = with_strengths(('ce', 'ls', 'mixup', 'mixup+ls', 'ols@.5'), [.1, .3])
+    each = with_each(('ce', 'ls', 'mixup', 'mixup+ls', 'ols@.5'), [.1, .3], [0.])
     assert each == ('ce', 'ls@0.1', 'ls@0.3', 'mixup', 'mixup+ls@0.1', 'mixup+ls@0.3', 'ols@.5')
-    assert with_strengths(('ce', 'ls'), [.1]) == ('ce', 'ls')
+    assert with_each(('ce', 'ls'), [.1], [0.]) == ('ce', 'ls')
     assert [cb.eps for cb in method_callbacks('mixup+ls@.3') if hasattr(cb, 'eps')] == [.3] and method_callbacks('ls', .2)[0].eps == .2
     for bad in ('ls@', 'ls@x', 'ls@2'):
         with pytest.raises(ValueError, match=r'ls@'): method_callbacks(bad)

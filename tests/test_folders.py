@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from fastai_smooth.cli import main
-from fastai_smooth.data import digits_arrays, folder_data
+from fastai_smooth.data import digits_arrays
+from fastai_smooth.sources import folder_data
 from fastai_smooth.recipes import Comparison
 
 

@@ -27,12 +27,15 @@ LAYERS = {
     'calibration.temperature': {'calibration.metrics', 'calibration.predictions'},
     'calibration.interpretation': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature'},
     'calibration.eps_find': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature', 'callback', 'distributions', 'losses'},
-    'recipes.models': {'data'}, 'recipes.files': set(),
-    'recipes.comparison': {'calibration', 'callback', 'data', 'distributions', 'noise', 'recipes.models', 'recipes.files',
-                           'recipes.report'},
-    'recipes.report': {'calibration', 'callback', 'targets'},
-    'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'recipes.models'},
-    'recipes.training': {'calibration', 'recipes.registry', 'recipes.files'},
+    'sources': {'data'},
+    'recipes.models': {'sources'}, 'recipes.files': set(), 'recipes.methods': {'callback', 'distributions'}, 'recipes.scores': {'calibration'},
+    'recipes.report': {'calibration', 'callback', 'targets', 'recipes.scores'},
+    'recipes.comparison': {'noise', 'sources', 'recipes.files', 'recipes.methods', 'recipes.models', 'recipes.report', 'recipes.scores'},
+    'recipes.blocks': {'data', 'sources'},
+    'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'sources', 'recipes.blocks', 'recipes.models'},
+    'recipes.checkpoints': set(),
+    'recipes.training': {'calibration', 'recipes.checkpoints', 'recipes.files', 'recipes.registry', 'recipes.training_report'},
+    'recipes.training_report': {'calibration', 'recipes.report'},
     'cli': {'recipes', 'recipes.training', 'recipes.files'}}
 TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}
 

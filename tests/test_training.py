@@ -29,7 +29,7 @@ def test_train_leaves_a_calibrated_learner(tmp_path, capsys):
     out = tmp_path/'run'
     assert main(['train', 'digits', '--epochs', '4', '--eps', '.2', '--out', str(out)]) == 0
     printed = capsys.readouterr().out
-    assert visible(out) == ['config.json', 'learner.pkl', 'metrics.csv', 'reliability.png', 'summary.json'] and 'after temperature' in printed
+    assert visible(out) == ['config.json', 'learner.pkl', 'metrics.csv', 'reliability.png', 'report.html', 'summary.json'] and 'after temperature' in printed
     s, rows = json.loads((out/'summary.json').read_text()), list(csv.DictReader((out/'metrics.csv').open()))
     assert s['recipe'] == 'digits' and s['settings']['epochs'] == 4 and s['settings']['eps'] == .2 and len(rows) == 4 and float(rows[-1]['accuracy']) > .8
     # in a fresh process the learner predicts the probabilities of that temperature

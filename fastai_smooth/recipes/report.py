@@ -11,6 +11,7 @@ __all__ = ['write_report']
 import base64
 import io
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -24,15 +25,22 @@ from matplotlib.figure import Figure
 
 from ..calibration import CalibrationInterpretation, Predictions, fit_temperature
 from ..callback import LabelSmoothing
+from .scores import base_of
 from ..targets import smooth_binary, spread
 
 # %% ../../nbs/08e_report.ipynb #497fedd9
 STYLES = [dict(color='k'), dict(color='.45', ls='--'), dict(color='.45'), dict(color='k', ls=':'), dict(color='.7'), dict(color='.7', ls='--'),
           dict(color='k', ls='-.')]
 
+SMOOTHING = ('ls', 'ols', 'prior', 'similarity', 'taxonomy', 'zipf', 'spatial') # cross entropy is their ε = 0
+
+def runs_of(comparison, method):
+    "What the seeds of a method predicted"
+    return [comparison.predictions[run] for run in comparison.predictions if run[0] == method]
+
 def together(comparison, method, after=False)->Predictions:
     "All seeds of a method, perhaps after the temperatures that were fitted on the other half"
-    runs = [p for (m, _), p in comparison.predictions.items() if m == method]
+    runs = runs_of(comparison, method)
     every = comparison.as_predictions(*(np.concatenate([p[k] for p in runs]) for k in ('logits', 'labels')))
     if not after: return every
     with warnings.catch_warnings():
@@ -74,24 +82,36 @@ def plot_figures(comparison, figures)->Figure:
         ax.set_yticks(rows, comparison.methods)
     return fig
 
-def plot_strengths(comparison, figures)->Figure|None:
-    "Accuracy and NLL after temperature against the strength, where there are several"
-    found = {}
-    for m in comparison.methods:
-        name,at,eps = m.partition('@')
-        if at: found.setdefault(name, []).append((float(eps), m))
+def curves(found, figures, xlabel)->Figure|None:
+    "Accuracy and NLL after temperature of {name: [(number, method)]}"
     found = {name: sorted(v) for name, v in found.items() if len(v) > 1}
     if not found: return None
     fig = Figure(figsize=(8, 3), layout='constrained')
     for ax, k in zip(fig.subplots(1, 2), ('accuracy', 'nll_ts')):
-        for (name, points), style in zip(found.items(), STYLES):
-            start = [(0., 'ce')] if 'ce' in comparison.methods and name in ('ls', 'ols', 'prior', 'similarity', 'taxonomy', 'zipf') else []
-            eps,methods = zip(*(start+points))
+        for (name, points), style in zip(found.items(), STYLES*9):
+            x,methods = zip(*points)
             value,half = ([figures[m][k][of] or 0. for m in methods] for of in ('mean', 'ci95'))
-            ax.errorbar(eps, value, half, marker='o', ms=4, capsize=2, label=name, **style)
-        ax.set(xlabel=r'$\varepsilon$', title={'accuracy': 'accuracy', 'nll_ts': 'NLL after temperature'}[k])
+            ax.errorbar(x, value, half, marker='o', ms=4, capsize=2, label=name, **style)
+        ax.set(xlabel=xlabel, title={'accuracy': 'accuracy', 'nll_ts': 'NLL after temperature'}[k])
         ax.legend(fontsize=8, frameon=False)
     return fig
+
+def plot_strengths(comparison, figures)->Figure|None:
+    "Against the strength, where there are several"
+    found,names = {},{m: m.partition('~') for m in comparison.methods}
+    for m, (plain, tilde, rate) in names.items():
+        name,at,eps = plain.partition('@')
+        plainest = f'ce{tilde}{rate}'
+        if at: found.setdefault(f'{name}{tilde}{rate}', {0.: plainest} if plainest in figures and name in SMOOTHING else {})[float(eps)] = m
+    return curves({name: list(v.items()) for name, v in found.items()}, figures, r'$\varepsilon$')
+
+def plot_noise(comparison, figures)->Figure|None:
+    "Against the share of wrong labels, where there are several"
+    found = {}
+    for m in comparison.methods:
+        plain,tilde,rate = m.partition('~')
+        if tilde: found.setdefault(plain, []).append((float(rate), m))
+    return curves(found, figures, 'share of training labels that are wrong')
 
 def plot_confidence(comparison)->Figure:
     "How confident each method is where it is right and where it is wrong, after temperature"
@@ -121,7 +141,7 @@ def plot_losses(comparison)->Figure:
     fig = Figure(figsize=(8, 3), layout='constrained')
     for ax, i, title in zip(fig.subplots(1, 2), (0, 1), ("training (each method's own loss)", 'validation (cross entropy)')):
         for method, style in zip(comparison.methods, STYLES*9):
-            losses = np.mean([p['losses'][:,i] for (m, _), p in comparison.predictions.items() if m == method], 0)
+            losses = np.mean([p['losses'][:,i] for p in runs_of(comparison, method)], 0)
             ax.plot(np.arange(1, len(losses)+1), losses, label=method, lw=1.4, **style)
         ax.set(xlabel='epoch', title=title, ylim=(0, None))
     ax.legend(fontsize=8, frameon=False)
@@ -153,59 +173,94 @@ class _Before(Callback):
     order = -200
     def before_batch(self): self.image = self.learn.xb[0].as_subclass(torch.Tensor).detach().clone()
 
+def show_text(ax, text):
+    "Write a text into a picture of its own"
+    ax.text(.5, .5, textwrap.fill(text[:120], 20), ha='center', va='center', fontsize=9)
+    ax.set_axis_off()
+
+def show_mask(ax, mask, n_classes, sure=None):
+    "Draw a mask (H, W), fainter where it is less sure; ignored pixels stay white"
+    ax.imshow(np.ma.masked_less(mask, 0), cmap='tab20', vmin=0, vmax=max(n_classes-1, 1), alpha=sure, interpolation='nearest')
+    ax.set_axis_off()
+
+def show_target(ax, q, vocab):
+    "Draw a target (K,) as bars, of more than ten classes the largest"
+    top = np.argsort(-q)[:10] if len(q) > 10 else np.arange(len(q))
+    ax.barh(np.arange(len(top)), q[top], color='.4')
+    ax.set_yticks(np.arange(len(top)), [str(vocab[k])[-12:] for k in top], fontsize=6)
+    ax.set(xlim=(0, 1), ylim=(len(top)-.5, -.5))
+    ax.tick_params(axis='x', labelsize=6)
+
 def plot_targets(comparison, n=5)->Figure|None:
-    "What the loss sees of one batch: the image, what the mixer made of it, and the target after mixing and smoothing"
-    smoothing = [m for m in comparison.methods if m != 'ce' and 'zipf' not in m] # zipf ranks predictions, and there are none yet
+    "What the loss sees of one batch: the input, what the mixer made of it, and the target after mixing and smoothing"
+    smoothing = [m for m in comparison.methods if not m.startswith('ce') and 'zipf' not in m] # zipf ranks predictions, and there are none yet
     if not smoothing: return None
     method = max(smoothing, key=lambda m: ('+' in m, 'ls' in m))
     learn = comparison.learner(method, 0)
     before,targets = _Before(),_Targets()
     learn.add_cbs([before, targets])
     with learn.no_logging(): learn.fit(1)
-    n,vocab = min(n, len(targets.image)),comparison.vocab
-    fig = Figure(figsize=(2.1*n, 5.2), layout='constrained')
-    axs = fig.subplots(3, n, squeeze=False, height_ratios=[1, 1, 1.1])
+    n,vocab,kind = min(n, len(targets.image)),comparison.vocab,comparison.kind
+    rows = {'images': ('image', 'as the network sees it', 'target'), 'masks': ('image', 'as the network sees it', 'target: the paler, the less sure'),
+            'texts': ('text', 'target'), 'table': ('target',)}[kind]
+    fig = Figure(figsize=(2.1*n, 1.9*len(rows)), layout='constrained')
+    axs = fig.subplots(len(rows), n, squeeze=False)
     for i in range(n):
-        show_image(axs[0,i], before.image[i].cpu())
-        show_image(axs[1,i], targets.image[i].cpu())
         q = targets.target[i].cpu().numpy()
-        top = np.argsort(-q)[:10] if len(q) > 10 else np.arange(len(q))
-        axs[2,i].barh(np.arange(len(top)), q[top], color='.4')
-        axs[2,i].set_yticks(np.arange(len(top)), [vocab[k][-12:] for k in top], fontsize=6)
-        axs[2,i].set(xlim=(0, 1), ylim=(len(top)-.5, -.5))
-        axs[2,i].tick_params(axis='x', labelsize=6)
-    for ax, name in zip(axs[:,0], ('image', 'as the network sees it', 'target')): ax.set_title(name, loc='left', fontsize=9)
+        if kind in ('images', 'masks'):
+            show_image(axs[0,i], before.image[i].cpu())
+            show_image(axs[1,i], targets.image[i].cpu())
+        elif kind == 'texts': show_text(axs[0,i], ''.join(learn.dls.characters[c-2] if c > 1 else '?' for c in before.image[i].tolist() if c))
+        if kind == 'masks': show_mask(axs[-1,i], np.where(q.sum(0) > 0, q.argmax(0), -1), len(vocab), q.max(0).clip(.05, 1))
+        else: show_target(axs[-1,i], q, vocab)
+    for ax, name in zip(axs[:,0], rows): ax.set_title(name, loc='left', fontsize=9)
     fig.suptitle(f'one batch of {method}', fontsize=10)
     return fig
 
+def plot_masks(comparison)->Figure|None:
+    "Images, their masks, and what the best method makes of them"
+    if comparison.kind != 'masks': return None
+    shown = runs_of(comparison, comparison.best_method())[0]
+    items,source,n = shown['shown_items'],comparison.source,len(comparison.vocab)
+    fig = Figure(figsize=(1.9*len(items), 5.4), layout='constrained')
+    axs = fig.subplots(3, len(items), squeeze=False)
+    for ax, item, predicted in zip(axs.T, items, shown['shown']):
+        show_image(ax[0], source.images[item])
+        truth = source.labels[item]
+        if truth.shape != predicted.shape: truth = truth[tuple(np.ix_(*(np.arange(p)*t//p for t, p in zip(truth.shape, predicted.shape))))]
+        show_mask(ax[1], truth, n)
+        show_mask(ax[2], np.where(truth < 0, -1, predicted), n)
+    for ax, name in zip(axs[:,0], ('image', 'mask', 'prediction')): ax.set_title(name, loc='left', fontsize=9)
+    return fig
+
 def plot_errors(comparison, n=8)->Figure|None:
-    "The wrong answers that the best method is surest about, with their images"
-    method = comparison.best_method()
+    "The wrong answers that the best method is surest about, with their images or texts"
+    if comparison.several or comparison.kind == 'masks': return None
     rows = []
-    for (m, _), p in comparison.predictions.items():
-        if m != method or comparison.several: continue
+    for p in runs_of(comparison, comparison.best_method()):
         found = CalibrationInterpretation(comparison.as_predictions(p['logits'], p['labels']), comparison.vocab).top_confident_errors(n)
-        rows += [(r.confidence, int(p['items'][r['index']]), r.label, r.predicted) for _, r in found.iterrows()]
+        rows += [(r.confidence, int(p['items'][r['index']]), str(r.label), str(r.predicted)) for _, r in found.iterrows()]
     seen = {}
-    for row in sorted(rows, reverse=True): seen.setdefault(row[1], row) # an image once, over the seeds
+    for row in sorted(rows, reverse=True): seen.setdefault(row[1], row) # an example once, over the seeds
     rows = list(seen.values())[:n]
     if not rows: return None
     fig = Figure(figsize=(1.5*len(rows), 2.3), layout='constrained')
     for ax, (confidence, item, label, predicted) in zip(fig.subplots(1, len(rows), squeeze=False)[0], rows):
-        show_image(ax, comparison.source.images[item])
+        if comparison.kind == 'images': show_image(ax, comparison.source.images[item])
+        else: show_text(ax, comparison.source.texts[item] if comparison.kind == 'texts' else f'row {item}')
         ax.set_title(f'{label[-14:]}\nnot {predicted[-14:]}\n{confidence:.2f}', fontsize=8)
     return fig
 
-# %% ../../nbs/08e_report.ipynb #9ed1531c
+# %% ../../nbs/08e_report.ipynb #17a4075a
 def picture(fig, dpi=110):
     "A figure as text that an <img> can hold"
     data = io.BytesIO()
     fig.savefig(data, dpi=dpi, facecolor='w')
     return base64.b64encode(data.getvalue()).decode()
 
-PAGE = Template('''<!doctype html>
+HEAD = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><title>Does smoothing help on {{ s.data|e }}?</title>
+<link rel="icon" href="data:,"><title>{{ title|e }}</title>
 <style>
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 h1 { font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere } h2 { margin-top: 2.4rem; font-size: 1.2rem }
@@ -218,12 +273,24 @@ code { overflow-wrap: anywhere; background: #f4f4f4; padding: .1rem .3rem }
 .verdict { font-size: 1.15rem; border-left: 4px solid #222; padding-left: 1rem } summary { cursor: pointer }
 @media (max-width: 40rem) { .pan { overflow-x: auto } .pan img { max-width: none } }
 </style></head><body>
-<main>
-<h1>Does smoothing help on {{ s.data|e }}?</h1>
+'''
+
+FOOT = '''{% for title, words, alt, png in pictures %}<h2>{{ title }}</h2>
+<figure><div class="pan" tabindex="0" role="region" aria-label="{{ title }}"><img alt="{{ alt|e }}" src="data:image/png;base64,{{ png }}"></div>
+<figcaption>{{ words|e }}</figcaption></figure>
+{% endfor %}
+<h2>Again</h2>
+<p><code>{{ command|e }}</code></p><p>{{ versions }}</p>
+</main></body></html>
+'''
+
+PAGE = Template(HEAD+'''<main>
+<h1>{{ title|e }}</h1>
 <p class="verdict">{{ s.verdict|e }}</p>
-<p>{{ s.n_train }} training and {{ s.n_valid }} validation images, {{ s.n_classes }} {{ 'labels, several per image' if several else 'classes' }};
-{{ s.arch|e }}, {{ s.epochs }} epochs, {{ s.seeds }} seeds; label noise {{ s.noise }}, ε = {{ s.eps }} unless a method names its own after @.
-Half of the validation images fit the temperature, the others give the figures.</p>
+<p>{{ s.n_train }} training and {{ s.n_valid }} validation {{ unit }}, {{ s.n_classes }} {{ 'labels, several per example' if several else 'classes' }};
+{{ s.arch|e }}, {{ s.epochs }} epochs, {{ s.seeds }} seeds; label noise {{ s.noise }} unless a method names its own after ~,
+ε = {{ s.eps }} unless it names its own after @.
+Half of the validation {{ unit }} fit the temperature, the others give the figures{{ ': those of their pixels' if kind == 'masks' }}.</p>
 <h2>Figures</h2>
 <p>Means over the seeds ± half of the 95% interval. NLL is the negative log-likelihood, ECE the calibration error,
 AURC the error over all shares of answers given; “T” marks figures after temperature scaling.</p>
@@ -236,18 +303,19 @@ AURC the error over all shares of answers given; “T” marks figures after tem
 <table><thead><tr><th scope="col">method</th>{% for k in heads.values() %}<th scope="col">{{ k }}</th>{% endfor %}</tr></thead>
 <tbody>{% for m, f in differences.items() %}<tr><td>{{ m|e }}</td>{% for k in heads %}<td>{{ signed(f[k]) }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}
-{% for title, words, alt, png in pictures %}<h2>{{ title }}</h2>
-<figure><div class="pan" tabindex="0" role="region" aria-label="{{ title }}"><img alt="{{ alt|e }}" src="data:image/png;base64,{{ png }}"></div>
-<figcaption>{{ words|e }}</figcaption></figure>
-{% endfor %}
-<h2>Again</h2>
-<p><code>{{ command|e }}</code></p><p>{{ versions }}</p>
-</main></body></html>
-''')
+'''+FOOT)
+
+def pictures(made):
+    "Figures as texts, without those that there are not"
+    return [(title, words, alt, picture(fig)) for title, words, alt, fig in made if fig is not None]
+
+def versions():
+    "What the figures were made with"
+    return f'Python {sys.version.split()[0]}, torch {torch.__version__}, fastai {fastai.__version__}, timm {timm.__version__}'
 
 HEADS = dict(accuracy='accuracy', nll='NLL', ece='ECE', brier='Brier', aurc='AURC', temperature='T', nll_ts='NLL, T', ece_ts='ECE, T', brier_ts='Brier, T')
 
-# %% ../../nbs/08e_report.ipynb #f1380cc6
+# %% ../../nbs/08e_report.ipynb #9ed1531c
 def write_report(
     comparison, # A `Comparison` that has run
     summary:dict, # What it returned
@@ -261,6 +329,8 @@ def write_report(
          f'Accuracy, negative log-likelihood and calibration error of {methods}', plot_figures(comparison, figures)),
         ('By strength', 'Every ε from the same seeds; 0 is cross entropy.', 'Accuracy and negative log-likelihood against the smoothing strength',
          plot_strengths(comparison, figures)),
+        ('By label noise', 'Every share of wrong training labels from the same seeds; validation labels are as they came.',
+         'Accuracy and negative log-likelihood against the share of wrong training labels', plot_noise(comparison, figures)),
         ('Reliability', "How often answers of each confidence are right, with 95% intervals, and how many there are. Bars that end on the dotted line can be "
          "believed; the hatched gap is what is missing or too much. Below: after temperature scaling.",
          f'Reliability diagrams of {methods}, as trained and after temperature scaling', plot_reliability(comparison)),
@@ -270,14 +340,16 @@ def write_report(
          plot_risk(comparison)),
         ('Training', "Mean over the seeds. The training losses of the methods measure different things; the validation losses measure one.",
          f'Training and validation loss of {methods} by epoch', plot_losses(comparison)),
-        ('What the loss sees', 'Your images, what mixing made of them, and the target after mixing and smoothing.',
-         'Images of one batch before and after mixing, and their targets', plot_targets(comparison)),
+        ('What the loss sees', 'Your data, what mixing made of them, and the target after mixing and smoothing.',
+         'Examples of one batch before and after mixing, and their targets', plot_targets(comparison)),
+        ('Pixel by pixel', f'Images, their masks, and what {best} makes of them. White pixels are ignored.', 'Images, masks and predicted masks',
+         plot_masks(comparison)),
         ('Sure, and wrong', f'The wrong answers that {best} is surest about, over all seeds: the label, the answer, its confidence. Look for wrong labels.',
-         'Images with the most confident wrong answers', plot_errors(comparison))]
-    pictures = [(title, words, alt, picture(fig)) for title, words, alt, fig in made if fig is not None]
+         'Examples with the most confident wrong answers', plot_errors(comparison))]
     one = lambda d: f"{d['mean']:.3f}" + ('' if d['ci95'] is None else f" ± {d['ci95']:.3f}")
     signed = lambda d: f"{d['mean']:+.3f}" + ('' if d['ci95'] is None else f" ± {d['ci95']:.3f}")
-    base = 'ce' if 'ce' in figures else next(iter(figures))
-    versions = f'Python {sys.version.split()[0]}, torch {torch.__version__}, fastai {fastai.__version__}, timm {timm.__version__}'
-    return PAGE.render(s={**summary, 'data': Path(summary['data']).name}, heads=HEADS, cell=one, signed=signed, differences=comparison.differences(),
-                       base=base, pictures=pictures, command=command, versions=versions, several=comparison.several)
+    base = ', '.join(b for b in dict.fromkeys(base_of(figures).values()) if b)
+    data = Path(summary['data']).name
+    return PAGE.render(title=f'Does smoothing help on {data}?', s=summary, heads=HEADS, cell=one, signed=signed, differences=comparison.differences(),
+                       base=base, pictures=pictures(made), command=command, versions=versions(), several=comparison.several,
+                       unit=comparison.unit, kind=comparison.kind)

@@ -8,25 +8,28 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/training.html.md"""
 __all__ = ['train', 'calibrate']
 
 # %% ../../nbs/08c_training.ipynb #3c2d5e46
+import csv
+import io
 import json
 import os
+import shlex
 from pathlib import Path
 
 import torch
-from fastai.callback.progress import CSVLogger
 from fastai.data.transforms import get_image_files
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed
-from matplotlib.figure import Figure
 
-from ..calibration import CalibrationInterpretation, TemperatureScaling, cross_fit, gather
+from ..calibration import TemperatureScaling, cross_fit, gather
+from .checkpoints import Checkpoints
 from .files import locked, write_text
 from .registry import recipe
+from .training_report import plot_both, write_training_report
 
 # %% ../../nbs/08c_training.ipynb #02be85da
-def figures_of(predictions):
-    "Figures as trained and after a cross-fitted temperature"
-    return dict(as_trained=predictions.figures(), after_temperature=cross_fit(predictions)[0].figures())
+def figures_of(predictions, after):
+    "Figures as trained and after temperature"
+    return dict(as_trained=predictions.figures(), after_temperature=after.figures())
 
 def check_folder(out, config, resume):
     "A folder with other files than those of the same run, or with those and nobody wants to resume: ValueError"
@@ -36,12 +39,21 @@ def check_folder(out, config, resume):
     if other or not resume:
         raise ValueError(f"{out} holds {'another run: name another folder.' if other else 'this run: name another folder, or resume it.'}")
 
-def plot_both(predictions)->Figure:
-    "Reliability as trained and after temperature, side by side"
-    fig = Figure(figsize=(8, 4), layout='constrained')
-    for ax, p, title in zip(fig.subplots(1, 2, sharey=True), (predictions, cross_fit(predictions)[0]), ('as trained', 'after temperature')):
-        CalibrationInterpretation(p).plot_reliability(ax=ax).set_title(title, pad=26)
-    return fig
+def write_metrics(path, names, rows):
+    "A row per epoch"
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([names, *rows])
+    write_text(path, text.getvalue())
+
+class EpochLog(Checkpoints):
+    "Checkpoints, and what they know of the epochs as `metrics.csv` beside them"
+    def keep(self):
+        super().keep()
+        write_metrics(self.file.parent/'metrics.csv', self.names, self.rows)
+
+def command_of(name, data, settings, changed):
+    "The command that repeats a training"
+    return shlex.join(['fastai-smooth', 'train', name, *([] if data is None else [str(data)]), *(a for k in changed for a in ('--set', f'{k}={settings[k]}'))])
 
 # %% ../../nbs/08c_training.ipynb #17b69e23
 def train(
@@ -65,19 +77,23 @@ def train(
         done = out/'summary.json'
         if done.exists() and (out/'learner.pkl').exists(): return json.loads(done.read_text())
         write_text(out/'config.json', json.dumps(config, indent=2))
-        learn.path = out
-        learn.add_cb(CSVLogger('metrics.csv'))
-        trained = r.fit(learn)
-        learn.remove_cbs(CSVLogger)
+        learn.path,kept = out,EpochLog(out/'checkpoint.pt')
+        learn.add_cb(kept)
+        r.train(learn, settings)
+        learn.remove_cb(kept)
+        trained = r.calibrated(learn)
         predictions = gather(learn)
-        summary = dict(config, **figures_of(predictions), temperature=torch.as_tensor(getattr(trained, 'temperature', 1.)).tolist(),
+        after = cross_fit(predictions)[0]
+        summary = dict(config, **figures_of(predictions, after), temperature=torch.as_tensor(getattr(trained, 'temperature', 1.)).tolist(),
                        n_train=len(learn.dls.train_ds), n_valid=len(learn.dls.valid_ds))
-        plot_both(predictions).savefig(out/'reliability.png', dpi=120)
+        plot_both(predictions, after).savefig(out/'reliability.png', dpi=120)
+        page = write_training_report(summary, r, predictions, after, learn, kept.names, kept.rows, command_of(name, data, settings, changes))
+        write_text(out/'report.html', page)
         trained.path = out
-        trained.remove_cbs([cb for cb in trained.cbs if isinstance(cb, CSVLogger)])
         trained.export('learner.pkl.part')
         os.replace(out/'learner.pkl.part', out/'learner.pkl')
         write_text(done, json.dumps(summary, indent=2))
+        kept.file.unlink(missing_ok=True)
     return summary
 
 def calibrate(
@@ -101,4 +117,5 @@ def calibrate(
     calibrated.path = out.parent
     calibrated.export(f'{out.name}.part')
     os.replace(f'{out}.part', out)
-    return dict(temperature=torch.as_tensor(calibrated.temperature).tolist(), **figures_of(gather(learn, dl)))
+    predictions = gather(learn, dl)
+    return dict(temperature=torch.as_tensor(calibrated.temperature).tolist(), **figures_of(predictions, cross_fit(predictions)[0]))
