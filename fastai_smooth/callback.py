@@ -905,7 +905,7 @@ class TimmMix(MixHandler):
         edges = []
         for length in (h, w):
             b,centre = (length*side).long(),torch.randint(0, length, (n,))
-            edges += [(centre-b//2).clamp(0, length), (centre+b//2).clamp(0, length)]
+            edges += [(centre-b//2).clamp(0, length), (centre+(b+1)//2).clamp(0, length)]
         return torch.stack(edges, 1)
 
     def before_batch(self):

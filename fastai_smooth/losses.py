@@ -296,7 +296,7 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
 
 # %% ../nbs/03_losses.ipynb #a7b3ccdf
 class LabelRelaxation(SmoothingLoss):
-    "Label relaxation, Lienen & Hüllermeier 2021, https://arxiv.org/abs/2107.12088: no loss where the label has at least the probability 1 - eps"
+    "Label relaxation, Lienen & Hüllermeier 2021, https://doi.org/10.1609/aaai.v35i10.17041: no loss where the label has at least the probability 1 - eps"
     y_int = True # fastai's mixers blend the losses of index targets
 
     def __init__(self,

@@ -196,7 +196,7 @@ def row_of(predictions, folds):
     parts = [{**predictions[f].figures(SCORES[:3]), **{f'{k}_ts': v for k, v in after[f].figures(SCORES[1:3]).items()}} for f in folds_of(predictions, folds)]
     for name in SCORES:
         half = student_t.ppf(.975, folds-1)*np.std([p[name] for p in parts], ddof=1)/folds**.5
-        row[f'{name}_low'],row[f'{name}_high'] = row[name]-half,row[name]+half
+        row[f'{name}_low'],row[f'{name}_high'] = max(row[name]-half, 0.),row[name]+half if 'nll' in name else min(row[name]+half, 1.)
     row['temperature'] = float(np.mean([torch.as_tensor(t).mean().item() for t in temperatures]))
     return row,parts
 

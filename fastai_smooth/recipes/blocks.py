@@ -35,6 +35,10 @@ def first_of(item):
 
 def second_of(item): return item[1]
 
+def images_in(path):
+    "The image files below a folder in the order of their names, so that a seed gives the same split on every machine"
+    return sorted(get_image_files(path))
+
 def checked(dls, where, s):
     "DataLoaders that can train. Less than a batch: ValueError"
     if not len(dls.train): raise ValueError(f"{where} has {len(dls.train_ds)} training examples, less than a batch of {s['bs']}: use a smaller bs.")
@@ -55,9 +59,9 @@ def folder_dls(
     tops = {p.name for p in path.iterdir() if p.is_dir()}
     valid = next((v for v in ('valid', 'val', 'validation', 'test') if v in tops), None)
     splitter = GrandparentSplitter('train', valid) if 'train' in tops and valid else RandomSplitter(s['valid_pct'], s['seed'])
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=splitter, item_tfms=item_tfms,
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=images_in, get_y=parent_label, splitter=splitter, item_tfms=item_tfms,
                       batch_tfms=list(batch_tfms))
-    if not get_image_files(path): raise ValueError(f"{path} holds no images: it needs a folder of images per class.")
+    if not images_in(path): raise ValueError(f"{path} holds no images: it needs a folder of images per class.")
     dls = block.dataloaders(path, bs=s['bs'], num_workers=s['num_workers'], **({'dl_type': dl_type} if dl_type else {}))
     if len(dls.vocab) < 2: raise ValueError(f"{path} has one class, {dls.vocab[0]!r}: there is nothing to tell apart.")
     return checked(dls, path, s)
@@ -92,9 +96,9 @@ def pets_dls(
 ): # fastai DataLoaders
     "fastai's pets, as its first lesson reads them"
     if path is None: path = downloading("fastai's pets", "pass a folder with the same file names.", lambda: untar_data(URLs.PETS))/'images'
-    files = get_image_files(path)
+    files = images_in(path)
     if not files: raise ValueError(f"{path} holds no images.")
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, splitter=RandomSplitter(s['valid_pct'], s['seed']),
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=images_in, splitter=RandomSplitter(s['valid_pct'], s['seed']),
                       get_y=using_attr(RegexLabeller(r'(.+)_\d+.[a-zA-Z]+$'), 'name'), item_tfms=Resize(s['presize']),
                       batch_tfms=aug_transforms(size=s['size']))
     return block.dataloaders(path, bs=s['bs'], num_workers=s['num_workers'])

@@ -48,20 +48,28 @@ def read_checkpoint(
     warnings.warn(f"{Path(path).name} is damaged and left aside: the training starts from the beginning.")
 
 # %% ../../nbs/08i_checkpoints.ipynb #9acb6fb6
+def generators_of(dls):
+    "The generators of the data loaders, and of those that they wrap"
+    for dl in dls.loaders:
+        while dl is not None: # distributed loaders wrap another one
+            if 'rng' in vars(dl): yield dl.rng
+            dl = vars(dl).get('dl')
+
 def random_states(dls):
     "The states of the generators of torch, NumPy, Python and the data loaders"
     name,keys,*rest = np.random.get_state() # noqa: NPY002  (users' augmentations draw from it)
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], python=random.getstate(),
-                numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest], loaders=[dl.rng.getstate() for dl in dls.loaders if hasattr(dl, 'rng')])
+                numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest], loaders=[g.getstate() for g in generators_of(dls)])
 
 def set_random_states(states, dls):
+    "Put them back"
     torch.set_rng_state(states['torch'])
     if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(states['cuda'])
     as_tuples = lambda v: tuple(map(as_tuples, v)) if isinstance(v, (list, tuple)) else v
     random.setstate(as_tuples(states['python']))
     name,keys,*rest = states['numpy']
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest)) # noqa: NPY002
-    for dl, state in zip((dl for dl in dls.loaders if hasattr(dl, 'rng')), states['loaders']): dl.rng.setstate(as_tuples(state))
+    for g, state in zip(generators_of(dls), states['loaders']): g.setstate(as_tuples(state))
 
 def plain(value):
     "A value without types of fastai and NumPy, which `weights_only` does not read"

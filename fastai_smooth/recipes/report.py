@@ -144,6 +144,7 @@ def plot_losses(comparison)->Figure:
             losses = np.mean([p['losses'][:,i] for p in runs_of(comparison, method)], 0)
             ax.plot(np.arange(1, len(losses)+1), losses, label=method, lw=1.4, **style)
         ax.set(xlabel='epoch', title=title, ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=8, frameon=False)
     return fig
 
@@ -267,6 +268,7 @@ h1 { font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere } h2 { margin-
 figure { margin: 1rem 0 } figcaption { color: #555; font-size: .92rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+table.words td, table.words th { text-align: left; white-space: normal }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
 .wide { overflow-x: auto } .wide:focus, .pan:focus { outline: 2px solid #888 } img { max-width: 100%; height: auto }
 code { overflow-wrap: anywhere; background: #f4f4f4; padding: .1rem .3rem }

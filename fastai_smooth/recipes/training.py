@@ -81,8 +81,7 @@ def train(
         learn.add_cb(kept)
         r.train(learn, settings)
         learn.remove_cb(kept)
-        trained = r.calibrated(learn)
-        predictions = gather(learn)
+        with learn.no_bar(): trained,predictions = r.calibrated(learn),gather(learn)
         after = cross_fit(predictions)[0]
         summary = dict(config, **figures_of(predictions, after), temperature=torch.as_tensor(getattr(trained, 'temperature', 1.)).tolist(),
                        n_train=len(learn.dls.train_ds), n_valid=len(learn.dls.valid_ds))

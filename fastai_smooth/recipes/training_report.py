@@ -34,7 +34,7 @@ after temperature, each example is scored with one that was fitted on the others
 {% endfor %}</tbody></table></div>
 <h2>Settings</h2>
 <div class="wide" tabindex="0" role="region" aria-label="Table of settings">
-<table><thead><tr><th scope="col">setting</th><th scope="col">value</th><th scope="col">source</th></tr></thead>
+<table class="words"><thead><tr><th scope="col">setting</th><th scope="col">value</th><th scope="col">source</th></tr></thead>
 <tbody>{% for k, v in s.settings.items() %}<tr><td>{{ k }}</td><td>{{ v|e }}</td><td>{{ 'yours' if k in changed else sources.get(k, '')|e }}</td></tr>
 {% endfor %}</tbody></table></div>
 '''+FOOT)
@@ -63,6 +63,7 @@ def plot_history(names, rows)->Figure:
     for ax, panel in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
         for i, style in zip(panel, STYLES): ax.plot(epochs, [row[i] for row in rows], marker='.', label=names[i].replace('_', ' '), **style)
         ax.set(xlabel='epoch', title='loss' if len(panel) > 1 else names[panel[0]].replace('_', ' '))
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if len(panel) > 1: ax.legend(fontsize=8, frameon=False)
         for row, before in zip(rows[1:], rows):
             if row[0] != before[0]: ax.axvline(epochs[rows.index(row)]-.5, color='.8', lw=1) # the next fit
