@@ -219,10 +219,10 @@ def words(
 
 # %% ../nbs/07_data.ipynb #6d5b0be5
 class Characters:
-    "A text, or a list that begins with one, to the numbers of its characters: 0 is the end, 1 an unknown one"
+    "A text to the numbers of its characters: 0 is the end, 1 an unknown one"
     def __init__(self, alphabet, length): self.length,self.number = length,{c: i for i, c in enumerate(alphabet, 2)}
-    def __call__(self, item):
-        known = [self.number.get(c, 1) for c in (item if isinstance(item, str) else item[0])[:self.length]]
+    def __call__(self, text):
+        known = [self.number.get(c, 1) for c in text[:self.length]]
         return TensorBase(known+[0]*(self.length-len(known)))
 
 class RowOfLabels(Transform):
@@ -231,6 +231,7 @@ class RowOfLabels(Transform):
     def encodes(self, item): return TensorMultiCategory(item[1])
     def decodes(self, y:TensorMultiCategory): return MultiCategory([self.vocab[k] for k in y.as_subclass(torch.Tensor).nonzero()[:,0].tolist()])
 
+def first_of(item): return item[0] # a step of its own: `predict` is handed what comes after it
 def last_of(item): return item[1]
 
 def random_split(n, valid_pct, seed):
@@ -255,7 +256,7 @@ def text_dls(
     targets = torch.as_tensor(labels).float() if several else [vocab[k] for k in labels]
     items = [[text, target] for text, target in zip(texts, targets)] # so that an export, which has no items, has no texts
     target = [RowOfLabels(vocab)] if several else [last_of, Categorize(vocab=vocab, sort=False)]
-    dsets = Datasets(items, [[Characters(characters, length)], target], splits=splits)
+    dsets = Datasets(items, [[first_of, Characters(characters, length)], target], splits=splits)
     dls = dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=0)
     dls.vocab,dls.c,dls.characters,dls.texts = vocab,len(vocab),characters,texts
     return dls

@@ -117,6 +117,7 @@ def test_public_names_are_documented(module, name, obj):
     assert inspect.getdoc(obj), f'{name} has no docstring'
     own_init = inspect.isclass(obj) and '__init__' in vars(obj) and not dataclasses.is_dataclass(obj)
     source = inspect.getsource(obj.__init__ if own_init else obj)
+    if dataclasses.is_dataclass(obj): source = '\n'.join(inspect.getsource(c) for c in obj.__mro__ if dataclasses.is_dataclass(c))  # fields are inherited
     parameters = [p for p in inspect.signature(obj).parameters.values()] if inspect.isfunction(obj) or inspect.isclass(obj) else []
     for p in parameters:  # a docment: a comment on the line of the parameter
         if inspect.isclass(obj) and '__init__' not in vars(obj): break

@@ -1,4 +1,5 @@
 "The pages that .ci/site.py writes: complete, linked, without a network; and in a real browser, wide and narrow (needs chromium: apt-get install chromium)"
+import ast
 import html
 import json
 import re
@@ -145,6 +146,18 @@ def test_quarto_has_the_same_settings():
     assert (NBS/'nbdev.yml').read_text() == quarto._nbdev_yml.format(**values)
     assert (NBS/'_quarto.yml').read_text().strip() == quarto._quarto_yml.strip()
     assert cfg.custom_sidebar, "otherwise nbdev writes its own order over nbs/sidebar.yml"
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if '#| default_exp' in (NBS/p).read_text(encoding='utf-8')], ids=lambda p: p.stem)
+def test_cells_that_import_do_nothing_else(path):
+    "nbdev, building the documentation of a module, runs the cells that import anything, and none of the cells that these rely on"
+    for cell in json.loads((NBS/path).read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] != 'code' or re.search(r'^#\| *(export|exporti|default_exp|eval: false)', source, re.M): continue
+        nodes = ast.parse(source).body
+        imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes]
+        inside = any(isinstance(n, (ast.Import, ast.ImportFrom)) for o in nodes for n in ast.walk(o))
+        assert not inside or all(imports), f'give the imports of cell {cell["id"]} a cell of their own: {source[:80]!r}'
 
 
 # left out where there is no browser: the list is empty

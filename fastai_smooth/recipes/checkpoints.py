@@ -13,6 +13,7 @@ import io
 import os
 import random
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -116,14 +117,17 @@ class Checkpoints(Callback):
         self.rows.append([self.fits, *plain(r.log)])
         self.names = ['fit', *r.metric_names]
         record = dict(lrs=r.lrs, iters=r.iters, losses=r.losses, values=r.values, smooth=r.smooth_loss.val, count=r.smooth_loss.count)
-        state = dict(fit=self.fits, epoch=self.epoch, model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), record=record,
+        weights = get_model(self.model).state_dict() # what distributions have learned is in its metadata
+        state = dict(fit=self.fits, epoch=self.epoch, model=weights, metadata=weights._metadata, opt=self.opt.state_dict(), record=record,
                      rows=self.rows, names=self.names, random=random_states(self.dls))
         write_checkpoint(self.file, plain(state))
 
     def put_back(self):
         "Make everything as it was when the checkpoint was written"
         s,r = self.found,self.recorder
-        get_model(self.model).load_state_dict(s['model'])
+        weights = OrderedDict(s['model'])
+        weights._metadata = OrderedDict(s['metadata'])
+        get_model(self.model).load_state_dict(weights)
         device = next(self.model.parameters()).device
         self.opt.load_state_dict(to_device(s['opt'], device))
         for k in ('lrs', 'iters', 'losses'): setattr(r, k, list(s['record'][k]))

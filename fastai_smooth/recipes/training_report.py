@@ -11,6 +11,7 @@ __all__ = ['write_training_report']
 import json
 
 import numpy as np
+from fastai.data.core import Datasets
 from fastai.torch_core import TensorImage
 from fastai.vision.core import PILBase
 from jinja2 import Template
@@ -72,7 +73,7 @@ def plot_history(names, rows)->Figure:
 def plot_wrong(predictions, learn, n=8)->Figure|None:
     "The wrong answers that the model is surest about, where examples are images of one class"
     items = learn.dls.valid_ds
-    if predictions.binary or len(predictions) != len(items) or not isinstance(items[0][0], (PILBase, TensorImage)): return None
+    if not isinstance(items, Datasets) or predictions.binary or len(predictions) != len(items) or not isinstance(items[0][0], (PILBase, TensorImage)): return None
     found = CalibrationInterpretation(predictions, learn.dls.vocab).top_confident_errors(n)
     if not len(found): return None
     fig = Figure(figsize=(1.5*len(found), 2.3), layout='constrained')

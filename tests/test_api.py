@@ -1,0 +1,163 @@
+"The contract: the names that users write, their parameters and defaults; and what readers of the methods are told"
+import argparse
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from fastai.callback.core import Callback
+from fastai.learner import Learner, Metric
+from fastcore.docments import docments
+from torch import Tensor, nn
+
+import fastai_smooth.all as exported
+from fastai_smooth.cli import _parser
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ['.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in sorted((ROOT/'fastai_smooth').rglob('*.py')) if not p.stem.startswith('_')]
+CROSS_ENTROPY = "eps=.1, weight=None, reduction='mean', *, axis=-1, ignore_index=-100, dist=None, convention='uniform', weight_by='class'"
+# what is promised may only be added to: parameters by keyword, or behind the last one
+CONTRACT = {
+    'to_dense': 'y, n_classes, axis=1, ignore_index=-100',
+    'smooth_labels': "target, eps=.1, n_classes=None, axis=1, dist=None, convention='uniform', ignore_index=-100",
+    'smooth_binary': "target, eps=.1, convention='half', eps_pos=None, eps_neg=None",
+    'convert_eps': 'eps, n_classes, source, to',
+    'MixedTarget': 'indices, weights, n_classes, axis=1',
+    'MixedTarget.dense': '',
+    'Uniform': '',
+    'Uniform.__call__': 'target, axis=1, logits=None, inputs=None',
+    'Uniform.matrix': 'n_classes',
+    'Uniform.plot': 'vocab',
+    'ClassPrior': 'counts',
+    'ClassPrior.from_dls': 'dls',
+    'Similarity': 'matrix',
+    'Similarity.from_confusion': 'matrix',
+    'Similarity.from_embeddings': 'vectors, temperature',
+    'Taxonomy': 'paths, beta=10.',
+    'Online': 'n_classes, momentum=None',
+    'Online.update': 'logits, labels, axis=1',
+    'Online.next_epoch': '',
+    'Online.matrix': 'n_classes',
+    'Zipf': 'power=1.',
+    'Teacher': 'model, temperature=1.',
+    'Spatial': 'kernel_size=3, sigma=1.',
+    'smooth_cross_entropy': "logits, target, eps=.1, *, axis=-1, weight=None, weight_by='class', ignore_index=-100, reduction='mean'",
+    'smooth_binary_cross_entropy': "logits, target, eps=.1, *, convention='half', weight=None, pos_weight=None, reduction='mean'",
+    'LabelSmoothingCrossEntropy': CROSS_ENTROPY,
+    'LabelSmoothingCrossEntropyFlat': CROSS_ENTROPY,
+    'LabelSmoothingBCE': "eps=.1, weight=None, reduction='mean', *, pos_weight=None, convention=None, eps_pos=None, eps_neg=None, thresh=.5, "
+                         "target_threshold=None, sum_classes=False",
+    'MultiLabelSmoothingCrossEntropy': "eps=.1, reduction='mean', *, axis=-1",
+    'LabelSmoothingDice': "eps=.1, axis=1, smooth=1e-6, reduction='sum', *, square_in_union=False, dist=None, ignore_index=-100",
+    'LabelSmoothingFocal': 'eps=.1, gamma=2.',
+    'LogitPenalty': "loss, kind='margin'",
+    'LabelSmoothing': 'eps=.1, dist=None, *, n_classes=None, axis=None, convention=None, target=0',
+    'soft_loss': 'loss_func',
+    'soft_loss.register': '',
+    'OneOf': '*cbs, p=None',
+    'CutMixMask': 'alpha=1.',
+    'ECE': "n_bins=15, norm='l1'",
+    'AdaptiveECE': 'n_bins=15',
+    'ClasswiseECE': 'n_bins=15',
+    'MCE': 'n_bins=15',
+    'NLL': '',
+    'Brier': '',
+    'AURC': "score='msp', p=2",
+    'CalibrationInterpretation.from_learner': 'learn, ds_idx=1, dl=None',
+    'CalibrationInterpretation.metrics': '',
+    'CalibrationInterpretation.plot_reliability': 'n_bins=15, *, ax=None',
+    'CalibrationInterpretation.plot_confidence': '*, ax=None',
+    'CalibrationInterpretation.plot_risk_coverage': '*, ax=None',
+    'CalibrationInterpretation.plot_penultimate': 'classes, *, ax=None',
+    'CalibrationInterpretation.top_confident_errors': 'k',
+    'CalibrationInterpretation.temperature': '',
+    'TemperatureScaling': 'learn',
+    'TemperatureScaling.fit': 'dl=None, allow_train=False',
+    'Learner.eps_find': "eps=(0, .02, .05, .1, .2, .3, .5), dist=None, metric='nll_ts', n_epoch=1, show_plot=True",
+    'corrupt_labels': "y, rate, kind='symmetric', n_classes=None, seed=None",
+    'digits': '', 'mnist5k': '', 'multi_digits': '', 'digit_masks': '',
+    'recipe': 'name',
+    'Recipe.learner': 'dls',
+    'Recipe.fit': 'learn',
+}
+LOSSES = [n for n in CONTRACT if n.startswith(('LabelSmoothing', 'MultiLabel', 'LogitPenalty')) and n != 'LabelSmoothing']
+# of `fastai-smooth compare`, with the defaults where these do not depend on the data
+OPTIONS = {'data': 'digits', 'eps': .1, 'noise': 0., 'epochs': None, 'seeds': 3, 'weights': None, 'bs': 64, 'size': None, 'valid_pct': .2, 'out': None,
+           'resume': False}
+
+
+def parameters(f):
+    "Of a function, a class, or a method without its first one"
+    return {k: p for k, p in inspect.signature(f).parameters.items() if k not in ('self', 'cls')}
+
+
+@pytest.mark.parametrize('name', CONTRACT)
+def test_contract(name):
+    first, _, rest = name.partition('.')
+    if first != 'Learner': assert first in exported.__all__
+    obj = Learner if first == 'Learner' else getattr(exported, first)
+    if rest == '__call__': obj, rest = obj, 'forward'
+    for part in rest.split('.') if rest else (): obj = getattr(obj, part)
+    scope = {}
+    exec(f'def promised({CONTRACT[name]}): pass', scope)
+    has, wants = parameters(obj), parameters(scope['promised'])
+    names = [k for k, p in has.items() if p.kind != p.KEYWORD_ONLY]
+    for i, (k, want) in enumerate(wants.items()):
+        assert k in has, f'{name} has no {k}'
+        if want.kind in (want.POSITIONAL_OR_KEYWORD, want.VAR_POSITIONAL): assert names[i] == k, f'{name}: {k} is not parameter {i}'
+        if want.default is not want.empty: assert has[k].default == want.default, f'{name}({k}) has another default'
+    for k, p in has.items():
+        optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        assert k in wants or optional, f'{name} demands {k}, which was not promised'
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_losses_keep_fastais_contract(name):
+    loss = getattr(exported, name)
+    loss = loss(exported.LabelSmoothingCrossEntropy()) if name == 'LogitPenalty' else loss()
+    assert isinstance(loss, nn.Module) and callable(loss.activation) and callable(loss.decodes)
+    for reduction in ('none', 'sum', 'mean'):
+        loss.reduction = reduction
+        assert loss.reduction == reduction
+
+
+def test_names_in_the_table_and_options_of_the_command():
+    names = {'ECE': 'ece', 'AdaptiveECE': 'adaptive_ece', 'ClasswiseECE': 'classwise_ece', 'MCE': 'mce', 'NLL': 'nll', 'Brier': 'brier', 'AURC': 'aurc'}
+    for k, name in names.items():
+        assert getattr(exported, k)().name == name and isinstance(getattr(exported, k)(), Metric)
+    assert exported.AURC('logit_norm').name == 'aurc_logit_norm'
+    for name in ('digits', 'pets', 'a1', 'a2', 'a3'): assert isinstance(exported.recipe(name), exported.Recipe)
+    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert set(commands) >= {'compare', 'train', 'calibrate', 'list'}
+    has = vars(_parser().parse_args(['compare']))
+    assert {'methods', 'arch'} <= set(has) and {k: has[k] for k in OPTIONS} == OPTIONS
+
+
+def test_what_is_exported_is_documented_where_it_is_defined():
+    for name in exported.__all__:
+        obj = getattr(exported, name)
+        if callable(obj): assert inspect.getmodule(obj).__name__.startswith('fastai_smooth.') and inspect.getdoc(obj), name
+
+
+def methods():
+    "Public methods that a public class is the first to have: not overrides, not fastai's events, not torch's protocol"
+    for m in MODULES:
+        mod = importlib.import_module(m)
+        for name in getattr(mod, '__all__', ()):
+            cls = getattr(mod, name)
+            if not isinstance(cls, type) or cls.__module__ != m or cls.__name__ != name: continue
+            for k, v in vars(cls).items():
+                f = v.__func__ if isinstance(v, (classmethod, staticmethod)) else v
+                known = [*cls.__mro__[1:], Tensor, nn.Module, Callback, Metric]
+                if k[0] == '_' or not inspect.isfunction(f) or re.match('(before|after)_', k) or any(hasattr(b, k) for b in known): continue
+                yield f'{m.removeprefix("fastai_smooth.")}.{name}.{k}', f, cls
+
+
+@pytest.mark.parametrize('name, f, cls', list(methods()), ids=lambda o: o if isinstance(o, str) else '')
+def test_public_methods_are_documented(name, f, cls):
+    assert f.__doc__, f'{name} has no docstring'
+    if cls.__name__ not in exported.__all__: return
+    told = docments(f)
+    missing = [k for k, p in parameters(f).items() if not told.get(k) and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    assert not missing, f'{name}: no docment for {missing}'
