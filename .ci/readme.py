@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 "Write README.md from nbs/index.ipynb; with --check, only say whether it is up to date"
+import re
 import sys
 from pathlib import Path
 
@@ -21,9 +22,15 @@ def cell_lines(cell):
     return res
 
 
+def from_root(text):
+    "Links as they are seen from the root of the repository: of the index to other notebooks, and of its pages to files"
+    text = re.sub(r'\]\((?!https?:|#|nbs/)([^)]+\.ipynb)\)', r'](nbs/\1)', text)
+    return re.sub(r'\]\(https://github\.com/[^/]+/[^/]+/blob/main/', '](', text)
+
+
 def readme():
     nb = read_nb(ROOT/'nbs'/'index.ipynb')
-    text = '\n'.join(line for cell in nb.cells for line in cell_lines(cell))
+    text = from_root('\n'.join(line for cell in nb.cells for line in cell_lines(cell)))
     return '<!-- Written by .ci/readme.py from nbs/index.ipynb: edit that. -->\n\n' + text.rstrip() + '\n'
 
 

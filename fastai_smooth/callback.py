@@ -363,10 +363,10 @@ class LabelSmoothing(TrainingPassCallback):
             if isinstance(value, dict) and (value.keys() - {*self.targets} or (name == 'eps' and len(value) < len(self.targets))):
                 raise ValueError(f"{name} has values for the targets {sorted(value)}, but the targets to smooth are {self.targets}.")
         for t in self.targets:
-            eps,convention = self.setting('eps', t),self.setting('convention', t)
+            eps,convention = self._setting('eps', t),self._setting('convention', t)
             if not callable(eps): check_eps(eps, negative)
             if convention is not None: check_choice(convention, {*SOFTMAX_CONVENTIONS, *BINARY_CONVENTIONS}, 'convention')
-            dist = self.setting('dist', t)
+            dist = self._setting('dist', t)
             if dist is not None and not isinstance(dist, nn.Module): raise TypeError(f"dist must be a distribution such as Uniform(), but is {dist!r}.")
             check_dist(dist, convention or 'uniform')
 
@@ -382,7 +382,7 @@ class LabelSmoothing(TrainingPassCallback):
     _pass = None # the `_TrainingLoss` of the training pass that is running
     log = () # the strength (its mean over the classes) of each batch of the last fit, where a schedule says it
 
-    def setting(self, name, target):
+    def _setting(self, name, target):
         "A setting of this callback for one of the targets"
         value = getattr(self, name)
         return value.get(target) if isinstance(value, dict) else value
@@ -396,7 +396,7 @@ class LabelSmoothing(TrainingPassCallback):
         target:int|None=None # Which of several targets. None: the first
     )->float|Tensor: # The strength, checked
         "The smoothing strength at this moment of the fit"
-        eps = self.setting('eps', self.targets[0] if target is None else target)
+        eps = self._setting('eps', self.targets[0] if target is None else target)
         return check_eps(eps(min((self.learn or self._pass.learn).pct_train, 1.)) if callable(eps) else eps, self.negative)
 
     def plot_eps(self,
@@ -407,7 +407,7 @@ class LabelSmoothing(TrainingPassCallback):
         if ax is None: _,ax = plt.subplots(figsize=(5, 3), layout='constrained')
         share = torch.linspace(0, 1, 101).tolist()
         for t in self.targets:
-            eps = self.setting('eps', t)
+            eps = self._setting('eps', t)
             values = torch.stack([torch.as_tensor(check_eps(eps(x) if callable(eps) else eps, self.negative)) for x in share])
             of = f'target {t}' if len(self.targets) > 1 else ''
             for k, line in enumerate([values] if values.ndim == 1 else values.T):
@@ -424,7 +424,7 @@ class LabelSmoothing(TrainingPassCallback):
             own = loss.losses[t] if isinstance(loss, MultiTargetLoss) and -len(loss.losses) <= t < len(loss.losses) else loss
             leaves = own.leaves() if isinstance(own, SmoothingLoss) else []
             return next((leaf.dist for leaf in leaves if getattr(leaf, 'dist', None) is not None), None)
-        found = {t: self.setting('dist', t) if self.setting('dist', t) is not None else held(t) for t in self.targets}
+        found = {t: self._setting('dist', t) if self._setting('dist', t) is not None else held(t) for t in self.targets}
         return {t: d for t, d in found.items() if isinstance(d, Distribution)}
 
     def members(self)->list: # Distributions that are no sums of others
@@ -461,13 +461,13 @@ class LabelSmoothing(TrainingPassCallback):
             if own is not None: dl.do_item = own
             self.put_back()
             self._pass = outer
-            if self.log: self.show_log(learn)
+            if self.log: self._show_log(learn)
             for cb in learn.cbs: # fastai's mixers keep the last targets: an export has no use for ours
                 for mixer in [cb, *(c for c in cb.__dict__.get('mixers', ()) if isinstance(c, Callback))]:
                     kept = mixer.__dict__.get('yb1')
                     if isinstance(kept, tuple) and any(map(is_mixed, kept)): del mixer.yb1
 
-    def show_log(self, learn):
+    def _show_log(self, learn):
         "Put the strengths beside the learning rates that the Recorder's `plot_sched` draws"
         scheduler = next((cb for cb in learn.cbs if isinstance(cb, ParamScheduler) and hasattr(cb, 'hps')), None)
         if scheduler is not None: scheduler.hps['eps'] = self.log # becomes that of the Recorder after the fit
@@ -494,11 +494,11 @@ class LabelSmoothing(TrainingPassCallback):
             if head.n_classes is not None: head.dist.check_classes(head.n_classes)
             head.dist.to(device_of(learn))
             head.by_item = [m for m in head.dist.members() if m.needs_items]
-            if head.by_item: self.check_items(head, learn)
+            if head.by_item: self._check_items(head, learn)
         self.carry_state() # the model may be another one by now
         return loss
 
-    def check_items(self, head, learn):
+    def _check_items(self, head, learn):
         "Raise a ValueError if a distribution that goes by item cannot be told the items of a batch, or has not one row for each"
         if head.n_classes is None: raise ValueError(f"{head.dist!r} goes by item and needs index labels of a known number of classes: pass n_classes "
                                                     "to LabelSmoothing.")
@@ -526,18 +526,18 @@ class LabelSmoothing(TrainingPassCallback):
             if len(self.targets) > 1 and isinstance(soft, SmoothingLoss):
                 raise ValueError(f"target={self.target} asks for several targets, but {soft!r} takes one: put the losses of the targets into "
                                  "a MultiTargetLoss.")
-            return [_Head(t, soft, True, self.is_binary(soft, t)) for t in self.targets]
+            return [_Head(t, soft, True, self._is_binary(soft, t)) for t in self.targets]
         n = len(soft.losses)
         wrong = [t for t in self.targets if not -n <= t < n]
         if wrong: raise ValueError(f"target={wrong[0]} asks for a loss that {soft!r} does not have: there are {n}.")
         names = {t % n: t for t in self.targets}
         if len(names) < len(self.targets): raise ValueError(f"target={self.target} names one of the {n} targets twice.")
-        return [_Head(names.get(i, i), part, i in names, self.is_binary(part, names.get(i, i))) for i, part in enumerate(soft.losses)]
+        return [_Head(names.get(i, i), part, i in names, self._is_binary(part, names.get(i, i))) for i, part in enumerate(soft.losses)]
 
-    def is_binary(self, soft, target):
+    def _is_binary(self, soft, target):
         "Whether a loss asks a question per class: ours, one that says so, or one registered by the user under a binary convention"
         return isinstance(soft, LabelSmoothingBCE) or getattr(soft, 'binary', False) or (
-            not isinstance(soft, SmoothingLoss) and self.setting('convention', target) in ('half', 'complement'))
+            not isinstance(soft, SmoothingLoss) and self._setting('convention', target) in ('half', 'complement'))
 
     def configure(self,
         head:_Head, # A target to smooth
@@ -551,7 +551,7 @@ class LabelSmoothing(TrainingPassCallback):
         own = [e for e in strengths if e is not None and (isinstance(e, Tensor) or e != 0)]
         if own: raise ValueError(f"The loss {user!r} already smooths (eps={own[0]}), and so does {self!r}: remove the callback, or use a loss "
                                  "that doesn't smooth.")
-        eps,dist,convention = (self.setting(n, t) for n in ('eps', 'dist', 'convention'))
+        eps,dist,convention = (self._setting(n, t) for n in ('eps', 'dist', 'convention'))
         if not callable(eps): check_eps(eps, self.negative)
         if head.binary and dist is not None:
             raise ValueError(f"dist={dist!r} spreads mass over exclusive classes and cannot be used with the binary loss {user!r}.")
@@ -559,7 +559,7 @@ class LabelSmoothing(TrainingPassCallback):
         if convention is not None: check_choice(convention, BINARY_CONVENTIONS if head.binary else SOFTMAX_CONVENTIONS, f'convention for {name}')
         for leaf in leaves if isinstance(soft, SmoothingLoss) and not head.binary else ():
             for setting in ('axis', 'dist', 'convention'):
-                value = self.setting(setting, t)
+                value = self._setting(setting, t)
                 if value is None: continue
                 if not hasattr(leaf, setting): raise ValueError(f"{setting}={value!r} has no meaning for the loss {leaf!r}: leave it out.")
                 if setting == 'dist' and leaf.dist is not None and leaf.dist is not value:
@@ -573,7 +573,7 @@ class LabelSmoothing(TrainingPassCallback):
         head:_Head, # One of the targets
     )->int|None: # Number of classes, None if nobody tells
         "The number of classes: the argument, the weight of the loss, or fastai's `get_c`"
-        weight,given = getattr(head.part, 'weight', None),self.setting('n_classes', head.target)
+        weight,given = getattr(head.part, 'weight', None),self._setting('n_classes', head.target)
         weighted = len(weight) if isinstance(weight, Tensor) and weight.ndim == 1 and len(weight) > 1 else None
         if given is not None and weighted is not None and given != weighted:
             raise ValueError(f"n_classes={given}, but the loss has weights for {weighted} classes.")
@@ -613,12 +613,12 @@ class LabelSmoothing(TrainingPassCallback):
             y = y.view(len(y)) if y.ndim == 2 else y
             return to_dense(y, n, axis=-1).masked_fill((y == -100).unsqueeze(-1), torch.nan)
         if n is None or y.dtype is torch.bool: return y
-        axis = self.axis_of(head)
+        axis = self._axis_of(head)
         if 1 < y.ndim > (axis if axis >= 0 else -axis-1) and y.shape[axis] == 1: y = y.squeeze(axis) # a class dimension of size 1, as fastai's tabular data has
         return MixedTarget(y.unsqueeze(1), torch.ones(len(y), 1, device=y.device), n, axis, getattr(head.part, 'ignore_index', -100))
 
-    def axis_of(self, head):
-        axis = self.setting('axis', head.target)
+    def _axis_of(self, head):
+        axis = self._setting('axis', head.target)
         return axis if axis is not None else head.axis
 
     def loss(self,
@@ -628,31 +628,31 @@ class LabelSmoothing(TrainingPassCallback):
         **kwargs # Passed on
     )->Tensor: # Loss of the smoothed targets
         "The loss of $S_\\varepsilon$ of the targets"
-        if not loss.checked: self.check_validation(loss, pred)
+        if not loss.checked: self._check_validation(loss, pred)
         soft,several = loss.refresh(),isinstance(loss.soft, MultiTargetLoss)
         yb,needs_inputs = list(yb),False
         for head in loss.heads:
             i = head.target % len(yb)
             # nothing was mixed: the loss takes the data loader's target
             y = head.index if yb[i] is head.encoded else yb[i]
-            if head.by_item: self.tell_items(head, yb[i])
+            if head.by_item: self._tell_items(head, yb[i])
             own = pred[i] if several else pred
             if head.smooth: yb[i] = self.smoothed(head, y, own)
-            else: yb[i] = y if y is head.index or isinstance(head.part, SmoothingLoss) else self.dense(y, own, head)
+            else: yb[i] = y if y is head.index or isinstance(head.part, SmoothingLoss) else self._dense(y, own, head)
             needs_inputs |= isinstance(head.part, SmoothingLoss) and any(getattr(leaf, 'dist', None) is not None for leaf in head.part.leaves())
         if needs_inputs:
             xb = loss.learn.xb
             kwargs['inputs'] = xb[0] if len(xb) == 1 else xb
         return soft(pred, *yb, **kwargs)
 
-    def tell_items(self, head, y):
+    def _tell_items(self, head, y):
         "Tell the distributions that go by item what this batch was mixed from"
         if getattr(y, 'items', None) is None or not y.is_sparse_mixture:
             raise ValueError(f"A mixer has changed the target in a way that hides which items it comes from, and {head.dist!r} goes by item: "
                              "use a Teacher with a model instead.")
         for member in head.by_item: member.attend(y.items, y.weights)
 
-    def check_validation(self, loss, pred):
+    def _check_validation(self, loss, pred):
         "Once per pass: raise a ValueError if the data loader gives dense targets that the user's loss could not be validated on"
         loss.checked = True
         dense = [h for h in loss.heads if isinstance(h.index, Tensor) and h.index.is_floating_point() and not h.binary]
@@ -670,18 +670,18 @@ class LabelSmoothing(TrainingPassCallback):
     ): # The target for the loss
         "Give the loss of a target this moment's strength; smooth the target itself if the loss has none"
         part,t,eps = head.part,head.target,self.current_eps(head.target)
-        dist,convention = self.setting('dist', t),self.setting('convention', t)
+        dist,convention = self._setting('dist', t),self._setting('convention', t)
         if head.dist is not None: head.dist.progress(min((self.learn or self._pass.learn).pct_train, 1.))
-        if isinstance(part, LabelSmoothingBCE): y,part.convention = self.binary_form(head, y, pred, convention)
+        if isinstance(part, LabelSmoothingBCE): y,part.convention = self._binary_form(head, y, pred, convention)
         elif not isinstance(part, SmoothingLoss):
-            y = self.dense(y, pred, head)
+            y = self._dense(y, pred, head)
             if strength_of(part) is not None and len(self.targets) == 1 and dist is None and convention is None: part.eps = eps
             elif head.binary: return smooth_binary(y, eps, convention or 'half')
-            else: return spread(y, eps, self.axis_of(head), dist, convention or 'uniform')
+            else: return spread(y, eps, self._axis_of(head), dist, convention or 'uniform')
         if isinstance(part, SmoothingLoss): part.eps = eps
         return y
 
-    def binary_form(self, head, y, pred, convention):
+    def _binary_form(self, head, y, pred, convention):
         "A target of a binary loss, and the convention that the form of the original target asks for"
         convention = convention or head.own_convention
         if y is head.index or not isinstance(y, Tensor) or head.index is head.encoded: return y,convention # nothing was encoded: the loss tells
@@ -690,21 +690,22 @@ class LabelSmoothing(TrainingPassCallback):
         was_index = given.dtype is not torch.bool and tuple(given.shape) != tuple(pred.shape) and given.numel() != pred.numel()
         return y,convention or ('uniform' if was_index else 'half')
 
-    def dense(self, y, pred, head):
+    def _dense(self, y, pred, head):
         "The dense form of a target for a registered loss, which knows nothing of mixtures"
         if is_mixed(y): return y.dense()
         if head.binary: return y.to(pred.dtype) if tuple(y.shape) == tuple(pred.shape) else head.encoded
-        axis,n = self.axis_of(head),head.n_classes
+        axis,n = self._axis_of(head),head.n_classes
         if n is None and not isinstance(pred, Tensor): raise ValueError(f"The predictions are a {type(pred).__name__}, which does not tell how many classes "
                                                                         f"target {head.target} has: pass n_classes to LabelSmoothing.")
         return to_dense(y, n or pred.shape[axis], axis)
 
     def put_back(self):
+        "Make `learn.yb` the tuple of the data loader again"
         if self._pass is not None: self._pass.put_back()
 
     def after_loss(self):
         loss = self._pass
-        scheduled = next((t for t in self.targets if callable(self.setting('eps', t))), None)
+        scheduled = next((t for t in self.targets if callable(self._setting('eps', t))), None)
         if loss is not None and loss.given is not None and scheduled is not None:
             eps = self.current_eps(scheduled)
             self.log.append(eps if isinstance(eps, float) else eps.mean().item())
@@ -713,7 +714,7 @@ class LabelSmoothing(TrainingPassCallback):
             for head in loss.heads:
                 if head.dist is None: continue
                 z,y = pred[head.target] if isinstance(loss.soft, MultiTargetLoss) else pred,head.index
-                axis = self.axis_of(head)
+                axis = self._axis_of(head)
                 if y.ndim == z.ndim and not y.is_floating_point(): y = y.squeeze(axis)
                 ignored = getattr(head.part, 'ignore_index', None)
                 if ignored is not None and not y.is_floating_point(): y = plain(y).masked_fill(plain(y) == ignored, -1) # teaches nothing
@@ -928,13 +929,13 @@ class TimmMix(MixHandler):
             lam,cut = torch.cat([lam, torch.ones(middle), lam.flip(0)]),torch.cat([cut, torch.zeros(middle, dtype=torch.bool), cut.flip(0)])
             box = torch.cat([box, torch.zeros(middle, 4, dtype=torch.long), box.flip(0)])
         lam,cut,box = (t.to(x.device) for t in (lam, cut, box))
-        self.learn.xb = tuple(self.mix(x, x.flip(0), lam, cut, box) for x in self.learn.xb)
+        self.learn.xb = tuple(self._mix(x, x.flip(0), lam, cut, box) for x in self.learn.xb)
         order = torch.arange(n-1, -1, -1, device=x.device)
         self.lam,self.yb1 = lam,tuple(y[order] for y in self.learn.yb)
         if not self.stack_y:
             self.learn.yb = tuple(torch.lerp(y1, y, lam.view(-1, *[1]*(len(y.shape)-1))) for y1, y in zip(self.yb1, self.learn.yb))
 
-    def mix(self, x, mirrored, lam, cut, box):
+    def _mix(self, x, mirrored, lam, cut, box):
         "Blend, or paste the boxes, per example"
         if not x.is_floating_point(): raise ValueError(f"TimmMix blends floating inputs, but one of shape {tuple(x.shape)} is {x.dtype}.")
         by_example = lambda t: t.view(-1, *[1]*(x.ndim-1))

@@ -10,18 +10,28 @@ __all__ = ['main', 'compare', 'train', 'calibrate', 'list_recipes']
 # %% ../nbs/09_cli.ipynb #539062d0
 import argparse
 import ast
+import io
+import os
 import sys
+import time
 import warnings
+from contextlib import nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 
 from . import __version__
 
 # %% ../nbs/09_cli.ipynb #3d63a3c1
+def say(line, alone=False):
+    "Print a line of error: by the first of many processes, unless another may be `alone` with it. They wait, since when one leaves, all are stopped"
+    rank = int(os.environ.get('RANK', 0))
+    if rank: time.sleep(3)
+    if not rank or alone: print(line, file=sys.stderr, flush=True)
+
 class _Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line"
     def error(self, message):
-        print(f'{self.prog}: {message}', file=sys.stderr)
+        say(f'{self.prog}: {message}')
         sys.exit(2)
 
 def _truth(text):
@@ -89,10 +99,13 @@ def _parser():
 def main(
     argv:list|None=None # Arguments; those of the process if None
 )->int: # Exit code
-    "Run the command `fastai-smooth`"
-    args = vars(_parser().parse_args(argv))
-    command = args.pop('command')
-    return {'compare': compare, 'train': train, 'calibrate': calibrate, 'list': list_recipes}[command](**args)
+    "Run the command `fastai-smooth`. Of many processes the first one prints"
+    with redirect_stdout(io.StringIO()) if int(os.environ.get('RANK', 0)) else nullcontext():
+        args = vars(_parser().parse_args(argv))
+        command = args.pop('command')
+        if command != 'train' and int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            return refused(command, "This works in one process: start it without accelerate launch or torchrun.")
+        return {'compare': compare, 'train': train, 'calibrate': calibrate, 'list': list_recipes}[command](**args)
 
 def compare(
     out:str|None=None, # Folder for the results. None: a new one in `fastai_smooth_runs`
@@ -119,7 +132,7 @@ def compare(
 # %% ../nbs/09_cli.ipynb #c329e058
 def refused(command, error):
     "Say in one line what is wrong; the exit code of a mistake"
-    print(f'fastai-smooth {command}: {" ".join(str(error).split())}', file=sys.stderr)
+    say(f'fastai-smooth {command}: {" ".join(str(error).split())}', getattr(error, 'alone', False))
     return 2
 
 def shown(figures):

@@ -714,10 +714,10 @@ class Spatial(Distribution):
         flat = out.view(planes.shape)
         # on a CPU a few planes at a time, so that all passes but the first and the last stay in the cache
         step = max(1, 2**17//planes[0].numel()) if len(planes) and x.device.type == 'cpu' else max(1, len(planes))
-        for i in range(0, len(planes), step): flat[i:i+step] = self.blur_planes(planes[i:i+step])
+        for i in range(0, len(planes), step): flat[i:i+step] = self._blur_planes(planes[i:i+step])
         return out
 
-    def blur_planes(self, x):
+    def _blur_planes(self, x):
         "Blur (A, *) over its spatial dimensions"
         taps = [math.exp(-(i/self.sigma)**2/2) for i in range(1, self.kernel_size//2+1)]
         neighbours = (1+2*sum(taps))**(x.ndim-1) - 1. # the tap of the centre is 1

@@ -76,7 +76,9 @@ class ImageData(LabelledData):
         "Channels of the images, or of their network's input"
         return self.images.shape[1] if self.images.ndim == 4 else 1
 
-    def inputs(self)->tuple: return (self.images,)
+    def inputs(self)->tuple:
+        "What tells these data from others, beside labels and names"
+        return (self.images,)
 
     def dls(self,
         labels, # As `labels`, perhaps with noise
@@ -107,7 +109,9 @@ class TextData(LabelledData):
         "Characters that there are, and two more for the end and for unknown ones"
         return len({c for t in self.texts for c in t})+2
 
-    def inputs(self)->tuple: return ('\0'.join(self.texts).encode(),)
+    def inputs(self)->tuple:
+        "What tells these data from others, beside labels and names"
+        return ('\0'.join(self.texts).encode(),)
 
     def dls(self,
         labels, # As `labels`, perhaps with noise
@@ -137,7 +141,9 @@ class TableData(LabelledData):
         "Columns"
         return self.table.shape[1]
 
-    def inputs(self)->tuple: return (repr(list(self.table)).encode(), self.table.to_numpy())
+    def inputs(self)->tuple:
+        "What tells these data from others, beside labels and names"
+        return (repr(list(self.table)).encode(), self.table.to_numpy())
 
     def dls(self,
         labels, # As `labels`, perhaps with noise

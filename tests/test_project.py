@@ -33,8 +33,8 @@ LAYERS = {
     'recipes.comparison': {'noise', 'sources', 'recipes.files', 'recipes.methods', 'recipes.models', 'recipes.report', 'recipes.scores'},
     'recipes.blocks': {'data', 'sources'},
     'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'sources', 'recipes.blocks', 'recipes.models'},
-    'recipes.checkpoints': set(),
-    'recipes.training': {'calibration', 'recipes.checkpoints', 'recipes.files', 'recipes.registry', 'recipes.training_report'},
+    'recipes.checkpoints': set(), 'recipes.processes': set(),
+    'recipes.training': {'calibration', 'recipes.checkpoints', 'recipes.files', 'recipes.processes', 'recipes.registry', 'recipes.training_report'},
     'recipes.training_report': {'calibration', 'recipes.report'},
     'cli': {'recipes', 'recipes.training', 'recipes.files'}}
 TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}

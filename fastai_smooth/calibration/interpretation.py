@@ -135,7 +135,9 @@ class CalibrationInterpretation:
         "Confidence and correctness of each prediction, as arrays"
         return tuple(v.numpy() for v in confidence_of(self.predictions))
 
-    def scores(self, p=2):
+    def scores(self,
+        p=2, # Of the norm that logits are divided by
+    )->dict: # {name of the score: (AURC, risk among the 1, 2, ..., N most confident)}
         "AURC and risks from the most confident on, by each score"
         kinds = {'highest probability': AURC()}
         if not self.predictions.binary: kinds['normalised logit'] = AURC('logit_norm', p)
@@ -147,7 +149,7 @@ class CalibrationInterpretation:
             res[name] = metric.value,((1-right).cumsum(0)/torch.arange(1, len(right)+1)).numpy()
         return res
 
-    def class_number(self, c):
+    def _class_number(self, c):
         "The number of a class that is given by number or name"
         if str(c) in self.vocab: return self.vocab.index(str(c))
         if isinstance(c, Integral) and 0 <= c < len(self.vocab): return c
@@ -212,7 +214,7 @@ class CalibrationInterpretation:
         ax=None, # Axes to draw in
     ): # The axes
         "What goes into the last layer for three classes, in the plane through their weights, training and validation: Müller et al. 2019, https://arxiv.org/abs/1906.02629"
-        classes = [self.class_number(c) for c in classes]
+        classes = [self._class_number(c) for c in classes]
         if len(set(classes)) != 3: raise ValueError(f"The plane goes through three different classes, but got {classes}.")
         if self.learn is None: raise ValueError("This picture needs the learner: use CalibrationInterpretation.from_learner.")
         layers = [m for m in self.learn.model.modules() if isinstance(m, nn.Linear) and m.out_features == len(self.vocab)]

@@ -274,6 +274,7 @@ class ECE(_Binned):
         self.norm = norm
 
     def figure(self):
+        "Of all bins"
         share,gap = (self.counts/self.counts.sum())[0],self.gaps()[0]
         return (gap.max() if self.norm == 'max' else (share*gap).sum() if self.norm == 'l1' else (share*gap**2).sum().sqrt()).item()
 
@@ -293,6 +294,7 @@ class ClasswiseECE(_Binned):
 
     def add(self, rows): self.bins(rows.p.T.contiguous(), rows.q.T.contiguous())
     def figure(self):
+        "Mean over the classes that are predicted or there"
         n = self.counts.sum(1, keepdim=True)
         each = (self.counts/n.clamp(min=1)*self.gaps()).sum(1)
         return each[n[:,0] > 0].mean().item()
@@ -308,6 +310,7 @@ class AdaptiveECE(_Kept):
 
     def add(self, rows): self.keep(*confidence_of(rows))
     def figure(self):
+        "Of bins of as many predictions each"
         score,right = self.sorted(descending=False)
         gaps = [len(s)*abs((r.mean()-s.mean()).item()) for s, r in zip(score.tensor_split(self.n_bins), right.tensor_split(self.n_bins)) if len(s)]
         return sum(gaps)/len(score)
@@ -349,5 +352,6 @@ class AURC(_Kept):
         else: self.keep(confidence, right)
 
     def figure(self):
+        "Mean risk over all coverages"
         _,right = self.sorted(descending=True)
         return ((1-right).cumsum(0)/torch.arange(1, len(right)+1)).mean().item()

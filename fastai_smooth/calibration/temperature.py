@@ -162,14 +162,14 @@ class TemperatureScaling:
         if dl is None:
             if len(learn.dls.loaders) < 2: raise ValueError("The learner has no validation set: pass held-out data as dl=.")
             dl = learn.dls.valid
-        if not allow_train and self.is_train(dl):
+        if not allow_train and self._is_train(dl):
             raise ValueError("This is the training set, on which the model is surer than it will ever be again: fit the temperature on held-out data, or pass "
                              "allow_train=True.")
         predictions = gather(learn, dl, act=self.act)
         t = fit_temperature(predictions)
         before,after = (p.figures(['nll', 'ece']) for p in (predictions, predictions.scaled(t)))
         self.temperature,self.before,self.after = t,before,after
-        new = beside(learn, ScaledModel(copied_model(learn.model), t, predictions.form, predictions.axis), self.loss(predictions, t))
+        new = beside(learn, ScaledModel(copied_model(learn.model), t, predictions.form, predictions.axis), self._loss(predictions, t))
         if isinstance(learn.opt_func, OptimWrapper): new.opt_func = partial(OptimWrapper, opt=type(learn.opt_func.opt)) # it was tied to the other model
         if new.logger is noop: new.logger = print # calibrating without logging does not mean never to log
         if any(isinstance(c, ProgressCallback) for c in learn.cbs): new.add_cb(ProgressCallback())
@@ -177,7 +177,7 @@ class TemperatureScaling:
         new._metrics = copy.deepcopy(learn._metrics)
         return new
 
-    def is_train(self, dl):
+    def _is_train(self, dl):
         "Whether a data loader goes over the training items"
         loaders = self.learn.dls.loaders
         train = loaders[0] if len(loaders) else None
@@ -186,7 +186,7 @@ class TemperatureScaling:
         chosen = [getattr(vars(d).get('sampler'), 'indices', None) for d in (dl, train)] # torch's way to split: one data set, two samplers
         return None in chosen or bool({*map(int, chosen[0])} & {*map(int, chosen[1])})
 
-    def loss(self, predictions, t):
+    def _loss(self, predictions, t):
         "The loss of the calibrated learner: it says the same activation, and decides as before"
         loss = copy.deepcopy(users_loss(self.learn.loss_func))
         decodes = getattr(loss, 'decodes', None)

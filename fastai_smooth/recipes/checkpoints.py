@@ -91,12 +91,15 @@ class Checkpoints(Callback):
     @property
     def here(self)->tuple: return self.fits,self.epoch
 
+    def read(self): return read_checkpoint(self.file)
+    def write(self, state): write_checkpoint(self.file, state)
+
     def before_fit(self):
         "Look for a checkpoint in the first fit; is this fit, or a part of it, already done?"
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
         if not self.run: return
         self.fits += 1
-        if self.fits == 0: self.found = read_checkpoint(self.file)
+        if self.fits == 0: self.found = self.read()
         self.waiting = self.found is not None and self.fits <= self.found['fit']
         if self.waiting: self.shown,self.learn.logger = self.learn.logger,noop # nothing to say of epochs that are skipped
 
@@ -120,7 +123,7 @@ class Checkpoints(Callback):
         weights = get_model(self.model).state_dict() # what distributions have learned is in its metadata
         state = dict(fit=self.fits, epoch=self.epoch, model=weights, metadata=weights._metadata, opt=self.opt.state_dict(), record=record,
                      rows=self.rows, names=self.names, random=random_states(self.dls))
-        write_checkpoint(self.file, plain(state))
+        self.write(plain(state))
 
     def put_back(self):
         "Make everything as it was when the checkpoint was written"

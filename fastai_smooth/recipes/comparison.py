@@ -331,7 +331,10 @@ class Comparison:
         write_text(self.out/'summary.json', json.dumps(summary, indent=2))
         write_text(self.out/'report.html', write_report(self, summary, 'fastai-smooth compare ' + shlex.join(self.arguments())))
 
-    def as_predictions(self, logits, labels):
+    def as_predictions(self,
+        logits, # (N, K)
+        labels, # (N,), or multi-hot (N, K)
+    ): # `Predictions`
         "Logits and labels as something to score"
         return predictions_of(logits, labels)
 

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from fastai.torch_core import set_seed
 from ..calibration import TemperatureScaling, cross_fit, gather
 from .checkpoints import Checkpoints
 from .files import locked, write_text
+from .processes import Processes
 from .registry import recipe
 from .training_report import plot_both, write_training_report
 
@@ -46,10 +48,25 @@ def write_metrics(path, names, rows):
     write_text(path, text.getvalue())
 
 class EpochLog(Checkpoints):
-    "Checkpoints, and what they know of the epochs as `metrics.csv` beside them"
+    "Checkpoints of all processes in one file, and what they know of the epochs as `metrics.csv` beside it"
+    def __init__(self, file, team):
+        super().__init__(file)
+        self.team = team
+
     def keep(self):
         super().keep()
-        write_metrics(self.file.parent/'metrics.csv', self.names, self.rows)
+        if not self.team.rank: write_metrics(self.file.parent/'metrics.csv', self.names, self.rows)
+
+    def write(self, state):
+        each = self.team.all(state['random'])
+        if not self.team.rank: super().write({**state, 'random': each})
+
+    def read(self):
+        state = self.team.first(super().read)
+        if state is None: return
+        each = state['random']
+        if len(each) != self.team.n: raise ValueError(f"{self.file} is of {len(each)} processes, but here are {self.team.n}: resume with as many.")
+        return {**state, 'random': each[self.team.rank]}
 
 def command_of(name, data, settings, changed):
     "The command that repeats a training"
@@ -63,37 +80,49 @@ def train(
     resume:bool=False, # Go on in a folder that holds the same run: what is finished is not done again
     **changes # Of the recipe's settings
 )->dict: # What `summary.json` holds
-    "Train a recipe, calibrate, and export. Mistakes in the arguments: ValueError before anything is trained"
-    r = recipe(name)
-    settings,out = r.changed(changes),Path(out)
-    config = json.loads(json.dumps(dict(recipe=name, data=None if data is None else str(data), settings=settings)))
-    if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: name another folder.")
-    check_folder(out, config, resume)
-    set_seed(settings.get('seed', 42), reproducible=True)
-    learn = r.learner(r.dls(data, **changes), **changes)
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    """Train a recipe, calibrate, and export. Mistakes in the arguments: ValueError before anything is trained.
+    Under `accelerate launch` or `torchrun` every process trains, with batches of its own, and the first one calibrates and writes"""
+    team,out = Processes(),Path(out)
+    def prepared():
+        r = recipe(name)
+        settings = r.changed(changes)
+        config = json.loads(json.dumps(dict(recipe=name, data=None if data is None else str(data), settings=settings)))
+        if not team.rank:
+            if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: name another folder.")
+            check_folder(out, config, resume)
+        set_seed(settings.get('seed', 42), reproducible=True)
+        return r,settings,config,r.learner(r.dls(data, **changes), **changes)
+    def claimed(): # the folder; what `summary.json` holds, if nothing is left to do
+        out.mkdir(parents=True, exist_ok=True)
+        lock.enter_context(locked(out))
         check_folder(out, config, resume) # again: another run may have come first since
         done = out/'summary.json'
         if done.exists() and (out/'learner.pkl').exists(): return json.loads(done.read_text())
         write_text(out/'config.json', json.dumps(config, indent=2))
-        learn.path,kept = out,EpochLog(out/'checkpoint.pt')
-        learn.add_cb(kept)
-        r.train(learn, settings)
-        learn.remove_cb(kept)
+    def finished():
         with learn.no_bar(): trained,predictions = r.calibrated(learn),gather(learn)
         after = cross_fit(predictions)[0]
         summary = dict(config, **figures_of(predictions, after), temperature=torch.as_tensor(getattr(trained, 'temperature', 1.)).tolist(),
-                       n_train=len(learn.dls.train_ds), n_valid=len(learn.dls.valid_ds))
+                       n_train=len(learn.dls.train_ds), n_valid=len(learn.dls.valid_ds), processes=team.n)
         plot_both(predictions, after).savefig(out/'reliability.png', dpi=120)
         page = write_training_report(summary, r, predictions, after, learn, kept.names, kept.rows, command_of(name, data, settings, changes))
         write_text(out/'report.html', page)
         trained.path = out
         trained.export('learner.pkl.part')
         os.replace(out/'learner.pkl.part', out/'learner.pkl')
-        write_text(done, json.dumps(summary, indent=2))
+        write_text(out/'summary.json', json.dumps(summary, indent=2))
         kept.file.unlink(missing_ok=True)
-    return summary
+        return summary
+    r,settings,config,learn = team.each(prepared)
+    if team.rank: set_seed(settings.get('seed', 42)+team.rank, reproducible=True) # to draw and mix in its own way; the weights come from the first
+    with ExitStack() as lock:
+        summary = team.first(claimed)
+        if summary is not None: return summary
+        learn.path,kept = out,EpochLog(out/'checkpoint.pt', team)
+        learn.add_cb(kept)
+        with team.training(learn): r.train(learn, settings)
+        learn.remove_cb(kept)
+        return team.first(finished)
 
 def calibrate(
     learner, # File of an exported learner. It is a pickle, which runs code: only files that you trust

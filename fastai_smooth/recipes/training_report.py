@@ -73,7 +73,8 @@ def plot_history(names, rows)->Figure:
 def plot_wrong(predictions, learn, n=8)->Figure|None:
     "The wrong answers that the model is surest about, where examples are images of one class"
     items = learn.dls.valid_ds
-    if not isinstance(items, Datasets) or predictions.binary or len(predictions) != len(items) or not isinstance(items[0][0], (PILBase, TensorImage)): return None
+    if not isinstance(items, Datasets) or predictions.binary or len(predictions) != len(items): return None
+    if not isinstance(items[0][0], (PILBase, TensorImage)): return None
     found = CalibrationInterpretation(predictions, learn.dls.vocab).top_confident_errors(n)
     if not len(found): return None
     fig = Figure(figsize=(1.5*len(found), 2.3), layout='constrained')
