@@ -91,8 +91,15 @@ class Checkpoints(Callback):
     @property
     def here(self)->tuple: return self.fits,self.epoch
 
-    def read(self): return read_checkpoint(self.file)
-    def write(self, state): write_checkpoint(self.file, state)
+    def read(self)->dict|None:
+        "The state in the file, if there is one"
+        return read_checkpoint(self.file)
+
+    def write(self,
+        state:dict # Of tensors, numbers, texts, lists and dicts
+    ):
+        "Write a state to the file"
+        write_checkpoint(self.file, state)
 
     def before_fit(self):
         "Look for a checkpoint in the first fit; is this fit, or a part of it, already done?"
