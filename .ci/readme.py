@@ -24,7 +24,7 @@ def cell_lines(cell):
 
 def from_root(text):
     "Links as they are seen from the root of the repository: of the index to other notebooks, and of its pages to files"
-    text = re.sub(r'\]\((?!https?:|#|nbs/)([^)]+\.ipynb)\)', r'](nbs/\1)', text)
+    text = re.sub(r'\]\((?!https?:|#|nbs/)([^)]+\.(?:ipynb|png))\)', r'](nbs/\1)', text)
     return re.sub(r'\]\(https://github\.com/[^/]+/[^/]+/blob/main/', '](', text)
 
 

@@ -210,8 +210,7 @@ class Site:
         if url.startswith(HOME): return page.up + url.removeprefix(HOME)
         parts = urlsplit(url)
         if parts.scheme or not parts.path: return url
-        base = ROOT if page.path == CFG.readme_nb else (NBS/page.path).parent # the index is README too
-        target = (base/parts.path).resolve()
+        target = (NBS/page.path).parent.joinpath(parts.path).resolve()
         if not target.exists(): raise ValueError(f'{page.path} links to {url}, which is not there')
         if NBS not in target.parents: return f'{CFG.git_url}/{"tree" if target.is_dir() else "blob"}/{CFG.branch}/{target.relative_to(ROOT).as_posix()}'
         name = target.relative_to(NBS).as_posix()

@@ -538,11 +538,11 @@ class Online(Distribution):
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.counts)
-        n = self.counts.unsqueeze(1)
-        new = torch.where(n > 0, self.sums/n.clamp(min=1), 1/self._n_classes)
-        new = (new/new.sum(1, keepdim=True)).to(self.transition)
-        if self.momentum is None: self.transition.copy_(new)
-        else: self.transition.mul_(self.momentum).add_(new, alpha=1-self.momentum)
+        for sums, n, row in zip(self.sums.split(16), self.counts.unsqueeze(1).split(16), self.transition.split(16)): # a few at a time: K x K may be gigabytes
+            new = torch.where(n > 0, sums/n.clamp(min=1), 1/self._n_classes)
+            new = (new/new.sum(1, keepdim=True)).to(row)
+            if self.momentum is None: row.copy_(new)
+            else: row.mul_(self.momentum).add_(new, alpha=1-self.momentum)
         self.forget()
 
     def forget(self):
