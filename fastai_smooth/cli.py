@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import warnings
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
@@ -115,7 +116,6 @@ def compare(
     "Compare methods, show progress, print the table and the verdict"
     warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
     from fastai_smooth.recipes import Comparison, table # here, so that --help does not wait for torch
-    from fastai_smooth.recipes.files import InUse
     try:
         if resume and out is None: raise ValueError("--resume needs --out: name the folder to go on with.")
         out = out or Path('fastai_smooth_runs')/f"{Path(arguments.get('data', 'digits')).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -125,7 +125,7 @@ def compare(
     print(f"{comparison.data}: {comparison.n_train} training and {comparison.n_valid} validation {comparison.unit}, {len(comparison.methods)} methods, "
           f"{comparison.seeds} seeds, {comparison.epochs} epochs each", flush=True)
     try: summary = comparison.run()
-    except (InUse, OSError) as e: return refused('compare', e) # what is finished is kept, and --resume goes on from there
+    except (ValueError, OSError, BrokenProcessPool) as e: return refused('compare', e) # what is finished is kept, and --resume goes on from there
     print(f"\n{table(summary)}\n\n{summary['verdict']}\n\nReport: {comparison.out/'report.html'}")
     return 0
 
@@ -156,7 +156,10 @@ def train(
     try:
         if resume and out is None: raise ValueError("--resume needs --out: name the folder to go on with.")
         out = Path(out or Path('fastai_smooth_runs')/f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-        summary = run(name, data, out, resume, **{k: v for k, v in settings.items() if v is not None}, **dict(set))
+        named = [*((k, v) for k, v in settings.items() if v is not None), *set]
+        twice = next((k for k, _ in named if k in ('name', 'data', 'out', 'resume') or [n for n, _ in named].count(k) > 1), None)
+        if twice is not None: raise ValueError(f"{twice} is given twice, or is no setting: name it once.")
+        summary = run(name, data, out, resume, **dict(named))
     except (ValueError, ImportError, OSError) as e: return refused('train', e)
     print(f"\n{shown(summary)}\n\nLearner: {out/'learner.pkl'}\nReport: {out/'report.html'}")
     return 0

@@ -14,6 +14,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import fine_tune, fit_one_cycle, lr_find  # noqa: F401
+from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -160,3 +161,40 @@ def test_two_fits_are_told_apart_in_the_table(tmp_path):
     train('finetune', tmp_path/'photos', tmp_path/'run', arch='resnet10t', pretrained=False, size=32, presize=40, bs=32, epochs=2, freeze_epochs=1)
     rows = list(csv.DictReader((tmp_path/'run'/'metrics.csv').open()))
     assert [(r['fit'], r['epoch']) for r in rows] == [('0', '0'), ('1', '0'), ('1', '1')] and all(float(r['nll']) > 0 for r in rows)
+
+
+def test_validation_between_fits_is_no_fit(tmp_path):
+    "fit, validate, fit: killed in the second and resumed, with the very weights of one that was not"
+    def train_twice(learn):
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(2, 1e-2)
+            learn.validate()
+            learn.fit(2, 1e-3)
+        return learn
+    # `no_bar` is fastai's, and takes away the callback only: what validate does not make is the bar itself
+    whole = train_twice(learner(tmp_path/'a.pt'))
+    with pytest.raises(KeyboardInterrupt): train_twice(learner(tmp_path/'b.pt', Dies('after_batch', 1, 1, 1)))
+    again = train_twice(learner(tmp_path/'b.pt'))
+    same(whole, again)
+    assert [r[:2] for r in again.checkpoints.rows] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_a_fit_without_epochs(tmp_path):
+    def train_none_then_two(learn):
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(0)
+            learn.fit(2, 1e-2)
+        return learn
+    whole = train_none_then_two(learner(tmp_path/'a.pt'))
+    with pytest.raises(KeyboardInterrupt): train_none_then_two(learner(tmp_path/'b.pt', Dies('after_batch', 1, 1, 1)))
+    same(whole, train_none_then_two(learner(tmp_path/'b.pt')))
+
+
+def test_what_a_checkpoint_cannot_put_back_is_refused(tmp_path):
+    make = lambda *cbs: learner(tmp_path/'c.pt', EarlyStoppingCallback(patience=9), *cbs)
+    with pytest.raises(KeyboardInterrupt): fit(make(Dies('after_batch', 1, 1)))
+    with pytest.raises(ValueError, match='early_stopping cannot be resumed'): fit(make())
+    learn = learner(tmp_path/'c.pt')
+    with pytest.raises(ValueError, match='longer training'), learn.no_bar(), learn.no_logging():
+        learn.fit(2, 1e-2)
+        learn.fit(0)

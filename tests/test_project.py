@@ -34,9 +34,9 @@ LAYERS = {
     'recipes.blocks': {'data', 'sources'},
     'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'sources', 'recipes.blocks', 'recipes.models'},
     'recipes.checkpoints': set(), 'recipes.processes': set(),
-    'recipes.training': {'calibration', 'recipes.checkpoints', 'recipes.files', 'recipes.processes', 'recipes.registry', 'recipes.training_report'},
+    'recipes.training': {'calibration', 'recipes.checkpoints', 'recipes.files', 'recipes.processes', 'recipes.registry', 'recipes.training_report', 'sources'},
     'recipes.training_report': {'calibration', 'recipes.report'},
-    'cli': {'recipes', 'recipes.training', 'recipes.files'}}
+    'cli': {'recipes', 'recipes.training'}}
 TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}
 
 

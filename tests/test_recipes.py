@@ -23,7 +23,7 @@ from fastai_smooth.callback import CutMixMask, LabelSmoothing, OneOf
 from fastai_smooth.data import digit_masks, digits, embedded_table, multi_digits, words
 from fastai_smooth.distributions import Spatial
 from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
-from fastai_smooth.recipes import build_model, load_weights, recipe, recipes, small_convnet
+from fastai_smooth.recipes import blocks, build_model, load_weights, recipe, recipes, small_convnet
 
 # ResNet strikes back: epochs, smoothing, MixUp alpha, lr, weight decay, RandAugment magnitude, repeated augmentation, stochastic depth, train resolution
 TABLE = dict(a1=(600, .1, .2, 5e-3, .01, 7, True, .05, 224), a2=(300, 0., .1, 5e-3, .02, 7, True, .05, 224), a3=(100, 0., .1, 8e-3, .02, 6, False, 0., 160))
@@ -136,7 +136,7 @@ def test_pets_with_local_files(tmp_path):
 
 def test_without_a_network_there_is_one_line(monkeypatch):
     def fails(*args, **kwargs): raise URLError('no route')
-    monkeypatch.setattr(registry, 'untar_data', fails)
+    monkeypatch.setattr(blocks, 'untar_data', fails)
     with pytest.raises(ValueError, match='could not be downloaded.*pass a folder'): recipe('pets').dls()
     real = registry.vision_learner
     monkeypatch.setattr(registry, 'vision_learner', lambda *args, **kwargs: fails() if kwargs['pretrained'] else real(*args, **kwargs))

@@ -116,7 +116,11 @@ def test_two_runs_cannot_share_a_folder_and_a_killed_one_can_be_resumed(tmp_path
 @pytest.mark.parametrize('args, words', [
     (['train', 'resnet'], 'there are pets'), (['train', 'digits', '--arch', 'resnet18'], "no setting 'arch'"), (['train', 'finetune'], 'no data of its own'),
     (['train', 'finetune', 'nowhere'], 'nowhere is not a folder'), (['train', 'digits', '--set', 'epochs'], 'NAME=VALUE'),
-    (['train', 'digits', '--set', 'colour=3'], "no setting 'colour'"), (['train', 'digits', '--epochs', 'x'], '--epochs'), (['train'], 'RECIPE'),
+    (['train', 'digits', '--set', 'colour=3'], "no setting 'colour'"), (['train', 'digits', '--epochs', '0'], 'epochs must be above 0'),
+    (['train', 'digits', '--set', 'bs=abc'], 'bs must be a number'), (['train', 'digits', '--set', 'calibrate=no'], 'True or False'),
+    (['train', 'digits', '--lr', '-1'], 'lr must be above 0'), (['train', 'digits', '--epochs', '1', '--set', 'epochs=2'], 'epochs is given twice'),
+    (['train', 'digits', '--set', 'out=x'], 'out is given twice'), (['train', 'tabular', '--set', 'layers=300'], 'layers must be several'),
+    (['train', 'digits', '--epochs', 'x'], '--epochs'), (['train'], 'RECIPE'),
     (['train', 'finetune', '.', '--pretrained', 'perhaps'], 'yes nor no'), (['train', 'digits', '--out', '/proc/no/such'], '/proc/no'),
     (['train', 'digits', '--resume'], '--out'), (['calibrate', 'a.pkl', 'b'], '--out'), (['calibrate', 'a.pkl', 'b', '--out', 'c.pkl'], 'holds no images'),
     (['list', 'resnet'], 'there are pets')])
@@ -133,3 +137,35 @@ def test_list(capsys):
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.strip().splitlines()] == list(recipes)
     assert main(['list', 'a3']) == 0 and 'magnitude' in capsys.readouterr().out
+
+
+def test_other_data_are_another_run(tmp_path, capsys):
+    write_digits(tmp_path/'photos', 120, nested=False)
+    args = ['train', 'finetune', str(tmp_path/'photos'), '--arch', 'resnet10t', '--pretrained', 'no', '--size', '32', '--bs', '16', '--epochs', '1',
+            '--set', 'presize=32', '--set', 'freeze_epochs=0', '--out', str(tmp_path/'run')]
+    assert main(args) == 0
+    (tmp_path/'run'/'summary.json').unlink() # as if it had died before the end
+    Image.new('L', (8, 8), 77).save(tmp_path/'photos'/'3'/'new.png')
+    assert main([*args, '--resume']) == 2 and 'another run' in capsys.readouterr().err
+
+
+def test_calibrate_knows_what_it_can(tmp_path, capsys):
+    write_digits(tmp_path/'photos', 200, nested=False)
+    train('digits', out=tmp_path/'digits', epochs=1)
+    assert main(['calibrate', str(tmp_path/'digits'/'learner.pkl'), str(tmp_path/'photos'), '--out', str(tmp_path/'x.pkl')]) == 2
+    assert 'is not a learner of image files' in capsys.readouterr().err
+    files = sorted((tmp_path/'photos').rglob('*.png'))
+    (tmp_path/'l.csv').write_text('file,label\n'+'\n'.join(f'photos/{f.parent.name}/{f.name},{f.parent.name}' for f in files))
+    train('multilabel', tmp_path/'l.csv', tmp_path/'csv', size=16, bs=16, epochs=2, delimiter=None)
+    assert main(['calibrate', str(tmp_path/'csv'/'learner.pkl'), str(tmp_path/'photos'), '--out', str(tmp_path/'y.pkl')]) == 0
+    assert load_learner(tmp_path/'y.pkl').predict(files[0])[2].shape == (10,)
+
+
+def test_an_image_that_is_cut_short_is_named(tmp_path, capsys):
+    write_digits(tmp_path/'photos', 60, nested=False)
+    cut = next((tmp_path/'photos'/'3').glob('*.png'))
+    cut.write_bytes(cut.read_bytes()[:-30])
+    args = ['--arch', 'resnet10t', '--pretrained', 'no', '--size', '32', '--bs', '16', '--epochs', '1', '--set', 'presize=32', '--set', 'freeze_epochs=0']
+    assert main(['train', 'finetune', str(tmp_path/'photos'), *args, '--out', str(tmp_path/'run')]) == 2
+    err = capsys.readouterr().err.strip()
+    assert cut.name in err and len(err.splitlines()) == 1

@@ -12,20 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
 from fastai.data.external import URLs, untar_data
-from fastai.data.transforms import GrandparentSplitter, IndexSplitter, Normalize, RandomSplitter, RegexLabeller, get_image_files, parent_label, using_attr
+from fastai.data.transforms import IndexSplitter, IntToFloatTensor, Normalize, RandomSplitter, RegexLabeller, get_image_files, using_attr
 from fastai.tabular.core import Categorify, FillMissing, TabularPandas, cont_cat_split
 from fastai.text.data import TextDataLoaders
 from fastai.torch_core import TensorMask
 from fastai.vision.augment import Resize, aug_transforms
+from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock, MaskBlock
 from fastprogress import progress_bar
 from fasttransform import DisplayedTransform
 from PIL import Image
 
 from ..data import random_split, stratified_split, text_dls
-from ..sources import check_codes, class_numbers, csv_files, downloading, mask_files, read_csv
+from ..sources import check_codes, check_trained, class_numbers, csv_files, downloading, folder_files, mask_files, read_csv
 
 # %% ../../nbs/08h_blocks.ipynb #02deab0a
 def first_of(item):
@@ -38,14 +39,38 @@ def images_in(path):
     "The image files below a folder in the order of their names, so that a seed gives the same split on every machine"
     return sorted(get_image_files(path))
 
+def second_as_mask(item):
+    "The numbers in a mask file: fastai's own reader takes the colours of a palette for them"
+    with Image.open(item[1]) as image: return np.asarray(class_numbers(image)).astype(np.uint8)
+
+def open_image(file):
+    "An image in colours, from a file or what else fastai takes. One that cannot be read: ValueError that names it"
+    try: return PILImage.create(file)
+    except OSError as e: raise ValueError(f"Cannot read the image {file} ({e}): repair it or take it away.") from None
+
+def FileBlock(): return TransformBlock(type_tfms=open_image, batch_tfms=IntToFloatTensor)
+
 def checked(dls, where, s):
     "DataLoaders that can train. Less than a batch: ValueError"
     if not len(dls.train): raise ValueError(f"{where} has {len(dls.train_ds)} training examples, less than a batch of {s['bs']}: use a smaller bs.")
     return dls
 
 # %% ../../nbs/08h_blocks.ipynb #779f5f31
+def labelled_dls(files, labels, vocab, split, where, s, item_tfms, batch_tfms, dl_type=None):
+    "DataLoaders of image files and their labels"
+    several = labels.ndim == 2
+    if split is None:
+        try: split = random_split(len(files), s['valid_pct'], s['seed']) if several else stratified_split(labels, s['valid_pct'], s['seed'])
+        except ValueError as e: raise ValueError(f"valid_pct={s['valid_pct']} does not split the {len(files)} images of {where}: {e}") from None
+    items = [[file, [vocab[k] for k in np.flatnonzero(row)] if several else vocab[row]] for file, row in zip(files, labels)]
+    block = DataBlock((FileBlock, MultiCategoryBlock(vocab=vocab) if several else CategoryBlock(vocab=vocab, sort=False)), get_x=first_of, get_y=second_of,
+                      splitter=IndexSplitter([int(i) for i in split[1]]), item_tfms=item_tfms, batch_tfms=list(batch_tfms))
+    dls = block.dataloaders(items, bs=s['bs'], num_workers=s['num_workers'], **({'dl_type': dl_type} if dl_type else {}))
+    return checked(dls, where, s)
+
+# %% ../../nbs/08h_blocks.ipynb #4d8e12b1
 def folder_dls(
-    path, # Folder with a folder per class
+    path, # Folder with a folder per class: see `folder_files`
     s:dict, # Settings of a recipe: valid_pct, seed, bs, num_workers
     item_tfms, # Of each image
     batch_tfms=(), # Of each batch
@@ -53,17 +78,7 @@ def folder_dls(
 ): # fastai DataLoaders
     "Images in folders of classes, perhaps below train and valid (or val)"
     if path is None: raise ValueError("This recipe has no data of its own: pass a folder with a folder of images per class.")
-    path = Path(path)
-    if not path.is_dir(): raise ValueError(f"{path} is not a folder.")
-    tops = {p.name for p in path.iterdir() if p.is_dir()}
-    valid = next((v for v in ('valid', 'val', 'validation', 'test') if v in tops), None)
-    splitter = GrandparentSplitter('train', valid) if 'train' in tops and valid else RandomSplitter(s['valid_pct'], s['seed'])
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=images_in, get_y=parent_label, splitter=splitter, item_tfms=item_tfms,
-                      batch_tfms=list(batch_tfms))
-    if not images_in(path): raise ValueError(f"{path} holds no images: it needs a folder of images per class.")
-    dls = block.dataloaders(path, bs=s['bs'], num_workers=s['num_workers'], **({'dl_type': dl_type} if dl_type else {}))
-    if len(dls.vocab) < 2: raise ValueError(f"{path} has one class, {dls.vocab[0]!r}: there is nothing to tell apart.")
-    return checked(dls, path, s)
+    return labelled_dls(*folder_files(path), path, s, item_tfms, batch_tfms, dl_type)
 
 def csv_dls(
     path, # CSV file: see `csv_files`
@@ -72,13 +87,7 @@ def csv_dls(
     batch_tfms=(), # Of each batch
 ): # fastai DataLoaders
     "Images and labels from a table; with a delimiter, several labels"
-    files,labels,vocab,split = csv_files(path, s['delimiter'])
-    several = labels.ndim == 2
-    if split is None: split = (random_split if several else stratified_split)(len(files) if several else labels, s['valid_pct'], s['seed'])
-    items = [[file, [vocab[k] for k in np.flatnonzero(row)] if several else vocab[row]] for file, row in zip(files, labels)]
-    block = DataBlock((ImageBlock, MultiCategoryBlock(vocab=vocab) if several else CategoryBlock(vocab=vocab, sort=False)), get_x=first_of, get_y=second_of,
-                      splitter=IndexSplitter([int(i) for i in split[1]]), item_tfms=item_tfms, batch_tfms=list(batch_tfms))
-    return checked(block.dataloaders(items, bs=s['bs'], num_workers=s['num_workers']), path, s)
+    return labelled_dls(*csv_files(path, s['delimiter']), path, s, item_tfms, batch_tfms)
 
 def image_dls(
     path, # Folder or CSV file
@@ -123,7 +132,7 @@ def mask_dls(
         except Exception as e: raise ValueError(f"Cannot read the mask {mask} ({type(e).__name__}: {e}): repair it or take it away.") from None
         with image: check_codes(np.asarray(class_numbers(image)), codes, s['ignore'], mask)
     if split is None: split = random_split(len(files), s['valid_pct'], s['seed'])
-    block = DataBlock((ImageBlock, MaskBlock(codes)), get_x=first_of, get_y=second_of, splitter=IndexSplitter([int(i) for i in split[1]]),
+    block = DataBlock((FileBlock, MaskBlock(codes)), get_x=first_of, get_y=second_as_mask, splitter=IndexSplitter([int(i) for i in split[1]]),
                       item_tfms=Resize(s['size']), batch_tfms=[] if s['ignore'] is None else [IgnoreNumber(s['ignore'])])
     dls = block.dataloaders([list(pair) for pair in zip(files, masks)], bs=s['bs'], num_workers=s['num_workers'])
     dls.vocab = codes
@@ -172,9 +181,17 @@ def table_csv_dls(
     table[target] = table[target].astype(str)
     vocab = sorted(table[target].unique())
     if len(vocab) < 2: raise ValueError(f"{path} has one class, {vocab[0]!r}: there is nothing to tell apart.")
-    try: split = stratified_split(table[target].to_numpy(), s['valid_pct'], s['seed'])
+    known = table.pop('is_valid').astype(str).str.lower().map({'true': True, '1': True, 'false': False, '0': False}) if 'is_valid' in table else None
+    if known is not None and known.isna().any(): raise ValueError(f"is_valid must be True or False in every row of {path}.")
+    try: split = (np.flatnonzero(~known.to_numpy(bool)), np.flatnonzero(known.to_numpy(bool))) if known is not None else stratified_split(
+        table[target].to_numpy(), s['valid_pct'], s['seed'])
     except ValueError as e: raise ValueError(f"{path} cannot be split: {e}") from None
+    labels = np.searchsorted(vocab, table[target])
+    check_trained(split, labels, vocab, path)
     numbers,words = cont_cat_split(table, dep_var=target, max_card=20)
+    for column in numbers: # fastai fills what is missing only in columns where training rows miss it, too
+        train = table[column].iloc[split[0]]
+        if not train.isna().any(): table[column] = table[column].fillna(train.median())
     dsets = TabularPandas(table, procs=[Categorify, FillMissing, Normalize], cat_names=words, cont_names=numbers, y_names=target,
                           y_block=CategoryBlock(vocab, sort=False), splits=[[int(i) for i in part] for part in split])
     return checked(dsets.dataloaders(bs=s['bs'], num_workers=0), path, s)

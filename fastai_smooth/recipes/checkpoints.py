@@ -19,6 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.tracker import TrackerCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import get_model, to_device
 from fastcore.basics import noop
 
@@ -103,11 +106,15 @@ class Checkpoints(Callback):
 
     def before_fit(self):
         "Look for a checkpoint in the first fit; is this fit, or a part of it, already done?"
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
+        # fastai's validate goes by here, too; only there nobody makes bars
+        self.run = getattr(self.learn, 'create_mbar', True) and not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
         if not self.run: return
         self.fits += 1
         if self.fits == 0: self.found = self.read()
         self.waiting = self.found is not None and self.fits <= self.found['fit']
+        stateful = next((cb for cb in self.learn.cbs if isinstance(cb, (TrackerCallback, GradientAccumulation, MixedPrecision))), None)
+        if self.waiting and stateful is not None:
+            raise ValueError(f"A training with {stateful.name} cannot be resumed, because checkpoints do not hold its state: start it again in another folder.")
         if self.waiting: self.shown,self.learn.logger = self.learn.logger,noop # nothing to say of epochs that are skipped
 
     def before_epoch(self):
@@ -120,6 +127,13 @@ class Checkpoints(Callback):
         if self.here == (self.found['fit'], self.found['epoch']): self.put_back()
         elif self.epoch+1 < self.n_epoch: return
         self.waiting,self.learn.logger = False,self.shown
+
+    def after_fit(self):
+        "A fit without epochs has nothing to skip; one that is shorter than what was found is another one"
+        if not self.waiting: return
+        self.waiting,self.learn.logger = False,self.shown
+        if self.fits == self.found['fit'] and self.n_epoch <= self.found['epoch']:
+            raise ValueError(f"{self.file.name} is of a longer training ({self.found['epoch']+1} epochs) than this one: start in another folder.")
 
     def keep(self):
         "Write the checkpoint"

@@ -9,6 +9,7 @@ __all__ = ['Comparison']
 
 # %% ../../nbs/08b_comparison.ipynb #f7eafda3
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -33,7 +34,7 @@ from matplotlib.figure import Figure
 from sklearn.model_selection import train_test_split
 
 from ..noise import corrupt_labels, transition_matrix
-from .files import InUse, locked, write_text
+from .files import InUse, locked, used, write_text
 from .methods import method_callbacks, read_method, tree_of, with_each
 from .models import NETWORKS, network_for
 from .report import plot_reliability, write_report
@@ -49,12 +50,13 @@ PIXELS = 100_000 # of a validation set of masks that are scored, drawn alike fro
 SHOWN = 6 # masks that the report shows
 KEPT = ('logits', 'labels', 'fit_logits', 'fit_labels', 'items', 'losses')
 
-def _start_worker(settings, threads):
+def _start_worker(settings, threads, fingerprint):
     "In a process of its own: read the data once"
     global _worker
     torch.set_num_threads(threads)
     warnings.filterwarnings('ignore', message='.*torch.jit.script.*')
     _worker = Comparison(**settings)
+    if _worker.fingerprint != fingerprint: raise ValueError(f"{_worker.data} has changed since the comparison was started.")
 
 def _run_in_worker(method, seed): return _worker.train(method, seed)
 
@@ -66,6 +68,8 @@ def parse_pairs(
     if text is None: return None
     try: pairs = {int(a): int(b) for a, b in (p.split(':') for p in text.split(','))}
     except ValueError: raise ValueError(f"pairs must be class numbers such as 4:9,9:4, but got {text!r}.") from None
+    same = next((a for a, b in pairs.items() if a == b), None)
+    if same is not None: raise ValueError(f"pairs must confuse a class with another one, but got {same}:{same}.")
     return pairs
 
 def several_of(value, name):
@@ -117,7 +121,7 @@ class Comparison:
     size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, or 128 for a folder
     valid_pct:float=.2 # Share of the validation set (where the data don't say which it is), half of which fits the temperature
     delimiter:str|None=None # Between several labels in a CSV
-    jobs:int=1 # How many runs at a time, each in a process of its own
+    jobs:int=1 # How many runs at a time, each in a process of its own with its share of the processors (to resume, take as many)
     out:str|None=None # Folder for the results. None: nothing is written
     resume:bool=False # Go on with the run in `out`
     lr:float|None=None # Highest learning rate. None: what suits the data
@@ -147,8 +151,7 @@ class Comparison:
         if self.methods is None: self.methods = DEFAULT if self.kind in ('images', 'masks') else DEFAULT[:2]
         self.methods = with_each(self.methods, strengths, rates)
         if not self.methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
-        if len(set(self.methods)) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
-        for m in self.methods: self._method(m)
+        if len({self._method(m).key for m in self.methods}) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
         if any('taxonomy' in self._method(m).parts for m in self.methods): tree_of(self.vocab)
         self._check_split()
         self._check_model()
@@ -188,12 +191,17 @@ class Comparison:
     # -- the folder
     @property
     def config(self): # What decides the figures of a run
-        return {k: getattr(self, k) for k in 'data delimiter ignore eps noise pairs epochs lr arch weights pretrained bs size valid_pct fingerprint'.split()}
+        named = {k: getattr(self, k) for k in 'data delimiter ignore eps noise pairs epochs lr arch weights pretrained bs size valid_pct fingerprint'.split()}
+        return {**named, 'weights_digest': self.weights and hashlib.sha256(Path(self.weights).read_bytes()).hexdigest()[:16], 'threads': self.threads}
+
+    @property
+    def threads(self)->int: # Of each training: sums in another order are other sums
+        return torch.get_num_threads() if self.jobs == 1 else max((os.cpu_count() or 1)//self.jobs, 1)
 
     def _check_out(self):
         self.out = Path(self.out)
         if self.out.exists() and not self.out.is_dir(): raise ValueError(f"{self.out} is a file: name another folder.")
-        if not self.out.exists() or not [p for p in self.out.iterdir() if p.name != '.lock']: return
+        if not used(self.out): return
         if not self.resume: raise ValueError(f"{self.out} holds another run: name another folder, or resume it.")
         try: then = json.loads((self.out/'config.json').read_text())
         except (OSError, ValueError): raise ValueError(f"{self.out} has no readable config.json: it cannot be resumed, name another folder.") from None
@@ -248,14 +256,12 @@ class Comparison:
             for run in runs: yield self._stored(*run) or self._keep(self.train(*run), *run)
             return
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'jobs')}
-        threads = max((os.cpu_count() or 1)//self.jobs, 1)
-        with ProcessPoolExecutor(self.jobs, get_context('spawn'), _start_worker, (settings, threads)) as pool:
-            waiting = [self._stored(*run) or pool.submit(_run_in_worker, *run) for run in runs]
+        with ProcessPoolExecutor(self.jobs, get_context('spawn'), _start_worker, (settings, self.threads, self.fingerprint)) as pool:
+            waiting = {run: pool.submit(_run_in_worker, *run) for run in runs if self._stored(*run) is None}
             try:
-                for run, res in zip(runs, waiting): yield res if isinstance(res, dict) else self._keep(res.result(), *run)
+                for run in runs: yield self._keep(waiting.pop(run).result(), *run) if run in waiting else self._stored(*run)
             except BaseException:
-                for res in waiting:
-                    if not isinstance(res, dict): res.cancel()
+                for future in waiting.values(): future.cancel()
                 raise
 
     def _keep(self, res, method, seed):
@@ -302,6 +308,8 @@ class Comparison:
                 items = owners
             else: logits,labels = (t.numpy() for t in learn.get_preds(act=torch.nn.Identity()))
         if self.labels.ndim == 1: labels = labels.reshape(-1) # of a table (N, 1)
+        if not np.isfinite(logits).all():
+            raise ValueError(f"{method} with seed {seed} has come to predictions that are no numbers (nan): try a lower --lr than {self.lr:g}.")
         res = dict(logits=logits[scored], labels=labels[scored], fit_logits=logits[fit], fit_labels=labels[fit], items=items[scored], losses=losses)
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
@@ -311,11 +319,11 @@ class Comparison:
         figures = {m: {k: mean_ci([r[k] for r in self.rows if r['method'] == m]) for k in METRICS} for m in self.methods}
         return dict(data=self.data, n_train=self.n_train, n_valid=self.n_valid, n_classes=len(self.vocab), arch=self.arch, epochs=self.epochs,
                     seeds=self.seeds, noise=self.noise, eps=self.eps, methods=figures,
-                    verdict=verdict(figures, self.seeds, self.differences()))
+                    verdict=verdict(figures, self.seeds, self.differences(), self.noise))
 
     def differences(self)->dict: # {method: {metric: {'mean', 'ci95'}}}
         "How each method differs from cross entropy (or from the first method) with the same label noise, seed by seed"
-        return differences(self.rows)
+        return differences(self.rows, self.noise)
 
     def _write_rows(self):
         text = io.StringIO()
@@ -344,7 +352,8 @@ class Comparison:
 
     def arguments(self)->list: # Of `fastai-smooth compare`
         "The arguments that repeat this comparison"
-        options = {'methods': ','.join(self.methods), **{k: v for k, v in self.config.items() if k not in ('data', 'fingerprint')}, 'seeds': self.seeds}
+        named = {k: v for k, v in self.config.items() if k not in ('data', 'fingerprint', 'weights_digest', 'threads')}
+        options = {'methods': ','.join(self.methods), **named, 'seeds': self.seeds}
         flags = ['--pretrained'] if options.pop('pretrained') else []
         return [self.data, *(a for k, v in options.items() if v is not None for a in (f'--{k}', str(v))), *flags]
 

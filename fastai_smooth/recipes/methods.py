@@ -40,9 +40,9 @@ class Method:
         return next((p for p in self.parts if p in SMOOTH), None)
 
     @property
-    def plain(self)->str:
-        "The name without its noise"
-        return self.name.partition('~')[0]
+    def key(self)->tuple:
+        "The same for two names of one method"
+        return frozenset(self.parts),self.eps if self.smoothing else 0.,self.noise
 
 def read_method(
     name:str, # 'ce', or parts joined by '+': 'ls', 'mixup', 'mixup+ls', 'mixup+cutmix+ls', 'ols', 'mixup+ls@.3', 'ls~.2', ...

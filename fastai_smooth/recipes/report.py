@@ -174,9 +174,13 @@ class _Before(Callback):
     order = -200
     def before_batch(self): self.image = self.learn.xb[0].as_subclass(torch.Tensor).detach().clone()
 
+def shown(text, n):
+    "The end of a name, in which $ is a dollar and not the start of a formula"
+    return str(text)[-n:].replace('$', r'\$')
+
 def show_text(ax, text):
     "Write a text into a picture of its own"
-    ax.text(.5, .5, textwrap.fill(text[:120], 20), ha='center', va='center', fontsize=9)
+    ax.text(.5, .5, textwrap.fill(text[:120], 20).replace('$', r'\$'), ha='center', va='center', fontsize=9)
     ax.set_axis_off()
 
 def show_mask(ax, mask, n_classes, sure=None):
@@ -188,7 +192,7 @@ def show_target(ax, q, vocab):
     "Draw a target (K,) as bars, of more than ten classes the largest"
     top = np.argsort(-q)[:10] if len(q) > 10 else np.arange(len(q))
     ax.barh(np.arange(len(top)), q[top], color='.4')
-    ax.set_yticks(np.arange(len(top)), [str(vocab[k])[-12:] for k in top], fontsize=6)
+    ax.set_yticks(np.arange(len(top)), [shown(vocab[k], 12) for k in top], fontsize=6)
     ax.set(xlim=(0, 1), ylim=(len(top)-.5, -.5))
     ax.tick_params(axis='x', labelsize=6)
 
@@ -249,7 +253,7 @@ def plot_errors(comparison, n=8)->Figure|None:
     for ax, (confidence, item, label, predicted) in zip(fig.subplots(1, len(rows), squeeze=False)[0], rows):
         if comparison.kind == 'images': show_image(ax, comparison.source.images[item])
         else: show_text(ax, comparison.source.texts[item] if comparison.kind == 'texts' else f'row {item}')
-        ax.set_title(f'{label[-14:]}\nnot {predicted[-14:]}\n{confidence:.2f}', fontsize=8)
+        ax.set_title(f'{shown(label, 14)}\nnot {shown(predicted, 14)}\n{confidence:.2f}', fontsize=8)
     return fig
 
 # %% ../../nbs/08e_report.ipynb #17a4075a
@@ -350,7 +354,7 @@ def write_report(
          'Examples with the most confident wrong answers', plot_errors(comparison))]
     one = lambda d: f"{d['mean']:.3f}" + ('' if d['ci95'] is None else f" ± {d['ci95']:.3f}")
     signed = lambda d: f"{d['mean']:+.3f}" + ('' if d['ci95'] is None else f" ± {d['ci95']:.3f}")
-    base = ', '.join(b for b in dict.fromkeys(base_of(figures).values()) if b)
+    base = ', '.join(b for b in dict.fromkeys(base_of(figures, summary['noise']).values()) if b)
     data = Path(summary['data']).name
     return PAGE.render(title=f'Does smoothing help on {data}?', s=summary, heads=HEADS, cell=one, signed=signed, differences=comparison.differences(),
                        base=base, pictures=pictures(made), command=command, versions=versions(), several=comparison.several,

@@ -9,6 +9,7 @@ __all__ = ['train', 'calibrate']
 
 # %% ../../nbs/08c_training.ipynb #3c2d5e46
 import csv
+import hashlib
 import io
 import json
 import os
@@ -16,17 +17,20 @@ import shlex
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
-from fastai.data.transforms import get_image_files
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed
+from fastcore.foundation import L
 
 from ..calibration import TemperatureScaling, cross_fit, gather
 from .checkpoints import Checkpoints
-from .files import locked, write_text
+from .files import locked, used, write_text
 from .processes import Processes
 from .registry import recipe
 from .training_report import plot_both, write_training_report
+from ..sources import folder_files
 
 # %% ../../nbs/08c_training.ipynb #02be85da
 def figures_of(predictions, after):
@@ -35,11 +39,26 @@ def figures_of(predictions, after):
 
 def check_folder(out, config, resume):
     "A folder with other files than those of the same run, or with those and nobody wants to resume: ValueError"
-    if not out.exists() or not [p for p in out.iterdir() if p.name != '.lock']: return
-    try: other = json.loads((out/'config.json').read_text()) != config
-    except (OSError, ValueError): other = True
-    if other or not resume:
-        raise ValueError(f"{out} holds {'another run: name another folder.' if other else 'this run: name another folder, or resume it.'}")
+    if not used(out): return
+    try: then = json.loads((out/'config.json').read_text())
+    except (OSError, ValueError): then = None
+    if not isinstance(then, dict) or any(then.get(k) != v for k, v in config.items()): raise ValueError(f"{out} holds another run: name another folder.")
+    if not resume: raise ValueError(f"{out} holds this run: name another folder, or resume it.")
+
+def fingerprint_of(dls, weights=None):
+    "Tells training and validation items, their order and labels, and a file of weights from others"
+    h = hashlib.sha256()
+    def add(v):
+        if isinstance(v, (list, tuple, L)):
+            for o in v: add(o)
+        elif isinstance(v, Path): h.update(f'{v.name} {v.stat().st_size}'.encode())
+        elif isinstance(v, (torch.Tensor, np.ndarray)): h.update(np.ascontiguousarray(v))
+        elif isinstance(v, pd.DataFrame): add(list(v.itertuples(index=False, name=None)))
+        else: h.update(str(v).encode()+b'\0')
+    for ds in (dls.train_ds, dls.valid_ds): add(ds.items)
+    add([str(v) for v in getattr(dls, 'vocab', ())])
+    if weights is not None: h.update(Path(weights).read_bytes())
+    return h.hexdigest()[:16]
 
 def write_metrics(path, names, rows):
     "A row per epoch"
@@ -91,7 +110,8 @@ def train(
             if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: name another folder.")
             check_folder(out, config, resume)
         set_seed(settings.get('seed', 42), reproducible=True)
-        return r,settings,config,r.learner(r.dls(data, **changes), **changes)
+        learn = r.learner(r.dls(data, **changes), **changes)
+        return r,settings,dict(config, fingerprint=fingerprint_of(learn.dls, settings.get('weights'))),learn
     def claimed(): # the folder; what `summary.json` holds, if nothing is left to do
         out.mkdir(parents=True, exist_ok=True)
         lock.enter_context(locked(out))
@@ -107,6 +127,7 @@ def train(
         plot_both(predictions, after).savefig(out/'reliability.png', dpi=120)
         page = write_training_report(summary, r, predictions, after, learn, kept.names, kept.rows, command_of(name, data, settings, changes))
         write_text(out/'report.html', page)
+        write_metrics(out/'metrics.csv', kept.names, kept.rows) # again: a run may have died between its last checkpoint and this file
         trained.path = out
         trained.export('learner.pkl.part')
         os.replace(out/'learner.pkl.part', out/'learner.pkl')
@@ -133,15 +154,19 @@ def calibrate(
     learner,data,out = Path(learner),Path(data),Path(out)
     if out.exists(): raise ValueError(f"{out} is there already: name another file.")
     if not out.parent.is_dir(): raise ValueError(f"There is no folder {out.parent}.")
-    files = get_image_files(data) if data.is_dir() else []
-    if not files: raise ValueError(f"{data} holds no images: it needs a folder of images per class.")
+    if not data.is_dir(): raise ValueError(f"{data} holds no images: it needs a folder of images per class.")
+    files,labels,vocab,_ = folder_files(data)
     try: learn = load_learner(learner)
     except Exception as e: # whatever the reader of a damaged or foreign file raises
         raise ValueError(f"Cannot load a learner from {learner}: {type(e).__name__}: {e}") from None
+    known = [str(v) for v in getattr(learn.dls, 'vocab', ())] if hasattr(learn.dls, 'vocab') else []
+    new = next((v for v in vocab if v not in known), None)
+    if new is not None: raise ValueError(f"{data} has images of a class that the learner does not know ({new!r}).")
     try:
-        dl = learn.dls.test_dl(files, with_labels=True)
+        dl = learn.dls.test_dl([[file, vocab[k]] for file, k in zip(files, labels)], with_labels=True)
         calibrated = TemperatureScaling(learn).fit(dl)
-    except KeyError as e: raise ValueError(f"{data} has images of a class that the learner does not know ({e.args[0] if e.args else e}).") from None
+    except (AssertionError, TypeError, AttributeError): # its items are others
+        raise ValueError(f"{learner} is not a learner of image files with one class each, as `train finetune` leaves it.") from None
     calibrated.path = out.parent
     calibrated.export(f'{out.name}.part')
     os.replace(f'{out}.part', out)

@@ -18,7 +18,7 @@ from jinja2 import Template
 from matplotlib.figure import Figure
 
 from ..calibration import CalibrationInterpretation
-from .report import FOOT, HEAD, STYLES, pictures, show_image, versions
+from .report import FOOT, HEAD, STYLES, pictures, show_image, shown, versions
 
 # %% ../../nbs/08j_training_report.ipynb #34b67cfd
 TRAINED = Template(HEAD+'''
@@ -81,7 +81,7 @@ def plot_wrong(predictions, learn, n=8)->Figure|None:
     for ax, (_, row) in zip(fig.subplots(1, len(found), squeeze=False)[0], found.iterrows()):
         image = np.asarray(items[int(row['index'])][0])
         show_image(ax, np.moveaxis(image, -1, 0) if image.ndim == 3 and image.shape[-1] == 3 else image)
-        ax.set_title(f'{str(row.label)[-14:]}\nnot {str(row.predicted)[-14:]}\n{row.confidence:.2f}', fontsize=8)
+        ax.set_title(f'{shown(row.label, 14)}\nnot {shown(row.predicted, 14)}\n{row.confidence:.2f}', fontsize=8)
     return fig
 
 # %% ../../nbs/08j_training_report.ipynb #1fb9299e
