@@ -254,13 +254,17 @@ def mask_of(
     names = (f'{file.stem}{end}{kind}' for end in ('', '_P', '_mask') for kind in ('.png', '.bmp', '.tif', '.tiff', '.gif'))
     return next((folder/n for n in names if (folder/n).is_file()), None)
 
-def lines_of(path):
+def lines_of(
+    path # Text file
+)->list|None: # Of strings
     "The lines of a text file that have something in them; None if there is no file. One that is no text: ValueError that names it"
     if not path.is_file(): return None
     try: return [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not in UTF-8 ({e}).") from None
 
-def size_of(file):
+def size_of(
+    file # Image file
+)->tuple: # Pixels
     "Width and height of an image as it is shown, in pixels"
     try:
         with Image.open(file) as image: return image.size[::-1] if image.getexif().get(274, 1) in (5, 6, 7, 8) else image.size
