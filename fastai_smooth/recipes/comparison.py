@@ -37,7 +37,7 @@ from ..noise import corrupt_labels, transition_matrix
 from .files import InUse, locked, used, write_text
 from .methods import method_callbacks, read_method, tree_of, with_each
 from .models import NETWORKS, network_for
-from .report import plot_reliability, write_report
+from .report import plot_reliability, png_of, write_report
 from .scores import METRICS, differences, loss_of, mean_ci, predictions_of, score, verdict
 from ..sources import SOURCES, read_source
 
@@ -333,11 +333,10 @@ class Comparison:
         write_text(self.out/'runs.csv', text.getvalue())
 
     def _write_report(self, summary):
-        png = io.BytesIO()
-        self.plot_reliability().savefig(png, dpi=120)
-        (self.out/'reliability.png').write_bytes(png.getvalue())
+        png = png_of(self.plot_reliability()) # drawn once: of all that is done here it takes longest
+        (self.out/'reliability.png').write_bytes(png)
         write_text(self.out/'summary.json', json.dumps(summary, indent=2))
-        write_text(self.out/'report.html', write_report(self, summary, 'fastai-smooth compare ' + shlex.join(self.arguments())))
+        write_text(self.out/'report.html', write_report(self, summary, 'fastai-smooth compare ' + shlex.join(self.arguments()), png))
 
     def as_predictions(self,
         logits, # (N, K)

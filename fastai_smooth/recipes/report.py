@@ -257,11 +257,15 @@ def plot_errors(comparison, n=8)->Figure|None:
     return fig
 
 # %% ../../nbs/08e_report.ipynb #17a4075a
-def picture(fig, dpi=110):
-    "A figure as text that an <img> can hold"
+def png_of(fig, dpi=110)->bytes:
+    "A figure as a PNG file"
     data = io.BytesIO()
     fig.savefig(data, dpi=dpi, facecolor='w')
-    return base64.b64encode(data.getvalue()).decode()
+    return data.getvalue()
+
+def picture(fig):
+    "A figure, or a PNG file, as text that an <img> can hold"
+    return base64.b64encode(fig if isinstance(fig, bytes) else png_of(fig)).decode()
 
 HEAD = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -326,6 +330,7 @@ def write_report(
     comparison, # A `Comparison` that has run
     summary:dict, # What it returned
     command:str, # That repeats it
+    reliability:bytes|None=None, # The picture of `plot_reliability` as a PNG file, if it is there already
 )->str: # HTML
     "The page of a comparison"
     figures,methods = summary['methods'],', '.join(summary['methods'])
@@ -339,7 +344,7 @@ def write_report(
          'Accuracy and negative log-likelihood against the share of wrong training labels', plot_noise(comparison, figures)),
         ('Reliability', "How often answers of each confidence are right, with 95% intervals, and how many there are. Bars that end on the dotted line can be "
          "believed; the hatched gap is what is missing or too much. Below: after temperature scaling.",
-         f'Reliability diagrams of {methods}, as trained and after temperature scaling', plot_reliability(comparison)),
+         f'Reliability diagrams of {methods}, as trained and after temperature scaling', reliability or plot_reliability(comparison)),
         ('Confidence', "After temperature scaling: the confidence of right answers in grey, of wrong ones hatched. The further apart, the better one can tell "
          "which to doubt.", f'Histograms of the confidence of {methods}', plot_confidence(comparison)),
         ('Which answers to doubt', 'If only the most confident answers are given, how many of them are wrong?', f'Risk against coverage of {methods}',
