@@ -15,6 +15,7 @@ import hashlib
 import os
 import ssl
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -33,16 +34,41 @@ from .data import (EMBEDDED, TABLES, array_dls, digit_masks_arrays, multi_digits
 
 # %% ../nbs/07a_sources.ipynb #24bcb792
 @dataclass
-class LabelledData:
-    "What all data have: labels, class names and a split"
+class LabelledData(ABC):
+    "What all data have: labels, class names and a split. Each kind says how its inputs are loaded"
     labels:np.ndarray # Class indices (N,), int64; multi-hot labels (N, K), bool; or masks (N, H, W), int64, -100 where a pixel is ignored
     vocab:list # Class names
     split:tuple|None=None # Item numbers of the training and validation set, where the data say so
 
     @property
+    @abstractmethod
     def kind(self)->str: # What `compare` chooses a network by
         "'images', 'masks', 'texts' or 'table'"
-        raise NotImplementedError
+
+    @abstractmethod
+    def inputs(self)->tuple: # Arrays or bytes
+        "What tells these data from others, beside labels and names"
+
+    @abstractmethod
+    def _loaders(self, labels, splits, bs, size): "fastai DataLoaders"
+
+    @abstractmethod
+    def _empty(self, size): "A batch of two without content"
+
+    def dls(self,
+        labels, # As `labels`, perhaps with noise
+        splits:tuple, # Item numbers of the training and of the validation set
+        bs:int=64, # Batch size
+        size:int|None=None, # Resize images to `size` by `size` pixels. None: as they are
+    )->DataLoaders:
+        "Batches of inputs (images in [0, 1], characters, normalised rows) and targets"
+        return self._loaders(labels, splits, bs, size)
+
+    def sample(self,
+        size:int|None=None # Of images, in pixels
+    )->tuple: # A batch of two without content, as the network will see it
+        "What `compare` tries a network with"
+        return self._empty(size)
 
     @property
     def several(self)->bool: # Of labels
@@ -78,23 +104,13 @@ class ImageData(LabelledData):
         return self.images.shape[1] if self.images.ndim == 4 else 1
 
     def inputs(self)->tuple:
-        "What tells these data from others, beside labels and names"
+        "What tells these data from others"
         return (self.images,)
 
-    def dls(self,
-        labels, # As `labels`, perhaps with noise
-        splits:tuple, # Item numbers of the training and of the validation set
-        bs:int=64, # Batch size
-        size:int|None=None, # Resize to `size` by `size` pixels. None: as they are
-    )->DataLoaders:
-        "Batches of images in [0, 1] and targets"
+    def _loaders(self, labels, splits, bs, size):
         return array_dls(self.images, labels, self.vocab, splits, bs, None if self.images.shape[-2:] == (size, size) else size)
 
-    def sample(self,
-        size:int|None=None # Pixels
-    )->tuple: # A batch of two without content, as the network will see it
-        "What `compare` tries a network with"
-        return (torch.zeros(2, self.n_channels, *((size, size) if size else self.images.shape[-2:])),)
+    def _empty(self, size): return (torch.zeros(2, self.n_channels, *((size, size) if size else self.images.shape[-2:])),)
 
 @dataclass
 class TextData(LabelledData):
@@ -111,23 +127,12 @@ class TextData(LabelledData):
         return len({c for t in self.texts for c in t})+2
 
     def inputs(self)->tuple:
-        "What tells these data from others, beside labels and names"
+        "What tells these data from others"
         return ('\0'.join(self.texts).encode(),)
 
-    def dls(self,
-        labels, # As `labels`, perhaps with noise
-        splits:tuple, # Item numbers of the training and of the validation set
-        bs:int=64, # Batch size
-        size:int|None=None, # Ignored
-    )->DataLoaders:
-        "Batches of characters and targets"
-        return text_dls(self.texts, labels, self.vocab, splits, bs, self.length)
+    def _loaders(self, labels, splits, bs, size): return text_dls(self.texts, labels, self.vocab, splits, bs, self.length)
 
-    def sample(self,
-        size:int|None=None # Ignored
-    )->tuple: # A batch of two without content, as the network will see it
-        "What `compare` tries a network with"
-        return (torch.ones(2, self.length, dtype=torch.long),)
+    def _empty(self, size): return (torch.ones(2, self.length, dtype=torch.long),)
 
 @dataclass
 class TableData(LabelledData):
@@ -143,23 +148,12 @@ class TableData(LabelledData):
         return self.table.shape[1]
 
     def inputs(self)->tuple:
-        "What tells these data from others, beside labels and names"
+        "What tells these data from others"
         return (repr(list(self.table)).encode(), self.table.to_numpy())
 
-    def dls(self,
-        labels, # As `labels`, perhaps with noise
-        splits:tuple, # Item numbers of the training and of the validation set
-        bs:int=64, # Batch size
-        size:int|None=None, # Ignored
-    )->DataLoaders:
-        "Batches of rows, normalised, and targets"
-        return table_dls(self.table, labels, self.vocab, splits, bs)
+    def _loaders(self, labels, splits, bs, size): return table_dls(self.table, labels, self.vocab, splits, bs)
 
-    def sample(self,
-        size:int|None=None # Ignored
-    )->tuple: # A batch of two without content, as the network will see it
-        "What `compare` tries a network with"
-        return torch.zeros(2, 0, dtype=torch.long),torch.zeros(2, self.n_channels)
+    def _empty(self, size): return torch.zeros(2, 0, dtype=torch.long),torch.zeros(2, self.n_channels)
 
 # %% ../nbs/07a_sources.ipynb #f1e1e17f
 def image_files(path):

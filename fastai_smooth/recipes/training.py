@@ -159,7 +159,7 @@ def calibrate(
     try: learn = load_learner(learner)
     except Exception as e: # whatever the reader of a damaged or foreign file raises
         raise ValueError(f"Cannot load a learner from {learner}: {type(e).__name__}: {e}") from None
-    known = [str(v) for v in getattr(learn.dls, 'vocab', ())] if hasattr(learn.dls, 'vocab') else []
+    known = [str(v) for v in getattr(learn.dls, 'vocab', ())]
     new = next((v for v in vocab if v not in known), None)
     if new is not None: raise ValueError(f"{data} has images of a class that the learner does not know ({new!r}).")
     try:
