@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .distributions import Distribution
 from .losses import (EachClass, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingDice, LabelSmoothingFocal, LabelSmoothingNLL,
                                   MultiTargetLoss, SmoothingLoss)
-from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, MixedTarget, check_choice, check_dist, check_eps, is_mixed, plain,
+from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, MixedTarget, check_choice, check_dist, check_eps, is_mixed, base_tensor,
                                    smooth_binary, spread, to_dense)
 
 # %% ../nbs/04_callback.ipynb #21d318be
@@ -606,7 +606,7 @@ class LabelSmoothing(TrainingPassCallback):
     ): # Mixed target for indices, dense target for binary labels, `y` itself for dense targets and where the classes are unknown
         "Give a target the form in which mixers can blend it"
         if not isinstance(y, Tensor) or y.is_floating_point() or not (head.smooth or isinstance(head.part, SmoothingLoss)): return y
-        y,n = plain(y),head.n_classes
+        y,n = base_tensor(y),head.n_classes
         if head.binary or getattr(head.part, 'takes_multi_hot', False):
             indices = n is not None and n > 1 and y.dtype is not torch.bool and (y.ndim == 1 or y.shape[-1] == 1)
             if not indices: return y.to(torch.get_default_dtype()) if n is not None or y.ndim > 1 or y.dtype is torch.bool else y
@@ -717,7 +717,7 @@ class LabelSmoothing(TrainingPassCallback):
                 axis = self._axis_of(head)
                 if y.ndim == z.ndim and not y.is_floating_point(): y = y.squeeze(axis)
                 ignored = getattr(head.part, 'ignore_index', None)
-                if ignored is not None and not y.is_floating_point(): y = plain(y).masked_fill(plain(y) == ignored, -1) # teaches nothing
+                if ignored is not None and not y.is_floating_point(): y = base_tensor(y).masked_fill(base_tensor(y) == ignored, -1) # teaches nothing
                 head.dist.update(z, y, axis)
         self.put_back()
     def after_cancel_batch(self): self.put_back()
@@ -809,7 +809,7 @@ def _paste(
     axis:int, # Class dimension of dense targets
 ): # A new target of the same kind
     "Paste a box into a target that has the spatial size of the images"
-    if isinstance(y, Tensor): y,other = plain(y),plain(other)
+    if isinstance(y, Tensor): y,other = base_tensor(y),base_tensor(other)
     size,n = tuple(inside.shape),len(y.shape)
     if is_mixed(y): axis = y.axis
     classes_last = (is_mixed(y) or (y.is_floating_point() and n == 4)) and axis % n == n-1 and tuple(y.shape[-3:-1]) == size

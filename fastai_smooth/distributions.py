@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .targets import is_index, is_mixed, plain
+from .targets import is_index, is_mixed, base_tensor
 
 # %% ../nbs/01_distributions.ipynb #facea134
 class Distribution(nn.Module):
@@ -124,7 +124,7 @@ def dense_of(
     if is_mixed(target): return target.dense().movedim(target.axis, axis)
     if is_index(target):
         raise ValueError(f"A distribution takes a dense target, but got indices of shape {tuple(target.shape)}: use to_dense first.")
-    return plain(target)
+    return base_tensor(target)
 
 def mass_times(
     mass:Tensor, # Mass per position, with a class dimension of size 1 at `axis`
@@ -264,7 +264,7 @@ class ClassPrior(Distribution):
         if not n_classes: raise ValueError("The DataLoaders do not tell how many classes there are: pass n_classes.")
         counts = torch.zeros(n_classes, dtype=torch.float64)
         for y in training_labels(dls):
-            y = plain(y if isinstance(y, Tensor) else torch.as_tensor(np.array(y))) # a mask may still be a PIL image
+            y = base_tensor(y if isinstance(y, Tensor) else torch.as_tensor(np.array(y))) # a mask may still be a PIL image
             multi_hot = y.ndim == 1 and len(y) == n_classes > 2 and bool(((y == 0) | (y == 1)).all())
             if y.is_floating_point() or y.dtype is torch.bool or multi_hot: counts += y.double().reshape(-1, n_classes).nansum(0)
             else:
@@ -492,7 +492,7 @@ class Taxonomy(Distribution):
         "The mean height of the lowest common ancestor of truth and prediction over the mistakes, nan without any: for `Learner(metrics=...)`"
         from fastai.metrics import AccumMetric
         def mistake_severity(pred, target):
-            pred,target = plain(pred).cpu(),plain(target).cpu()
+            pred,target = base_tensor(pred).cpu(),base_tensor(target).cpu()
             wrong = (pred != target) & (target >= 0) & (target < len(self.paths))
             return self.distance(pred[wrong], target[wrong]).double().mean().item()
         return AccumMetric(mistake_severity, dim_argmax=axis, flatten=True)
@@ -522,8 +522,8 @@ class Online(Distribution):
     def update(self, logits, labels, axis=1):
         self.check_classes(logits.shape[axis])
         with torch.no_grad():
-            p = plain(logits).detach().movedim(axis, -1)
-            labels = plain(labels)
+            p = base_tensor(logits).detach().movedim(axis, -1)
+            labels = base_tensor(labels)
             if labels.is_floating_point(): # dense labels: the class with the most mass, if there is any
                 mass,labels = labels.movedim(axis, -1).sum(-1),labels.movedim(axis, -1).argmax(-1)
                 labels = labels.masked_fill(mass == 0, -1)
@@ -581,7 +581,7 @@ class Zipf(Distribution):
         k = q.shape[axis]
         if k < 2: raise ValueError("Zipf needs at least 2 classes: with one there are no others.")
         last = q.movedim(axis, -1)
-        order = torch.sort(plain(logits).detach().movedim(axis, -1), dim=-1, descending=True, stable=True).indices
+        order = torch.sort(base_tensor(logits).detach().movedim(axis, -1), dim=-1, descending=True, stable=True).indices
         sorted_q = last.gather(-1, order)
         share = torch.arange(1, k, dtype=torch.float64)**-self.power
         share = (share/share.sum()).to(last)
@@ -603,7 +603,7 @@ class Teacher(Distribution):
     ):
         super().__init__()
         if isinstance(model, Tensor):
-            stored,model = plain(model).detach(),None
+            stored,model = base_tensor(model).detach(),None
             if not stored.is_floating_point() or stored.ndim < 2:
                 raise ValueError(f"Stored predictions are logits (n, K, *), but got {stored.dtype} of shape {tuple(stored.shape)}.")
             if not stored.isfinite().all(): raise ValueError(f"The stored predictions of the item {int((~stored.isfinite().flatten(1).all(1)).nonzero()[0])} "
@@ -672,7 +672,7 @@ class Teacher(Distribution):
         if not isinstance(z, Tensor) or z.shape != q.shape:
             got = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ValueError(f"The teacher gave {got} for a target of shape {tuple(q.shape)}: does it have the {q.shape[axis]} classes at axis {axis}?")
-        p = (plain(z).to(q.dtype)/self.scale.to(q)).softmax(axis)
+        p = (base_tensor(z).to(q.dtype)/self.scale.to(q)).softmax(axis)
         return p*q.sum(axis, keepdim=True)
 
     def __repr__(self):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .kernels import (REDUCTIONS, binary_cross_entropy, binary_target, check_axis, check_probabilities, cross_entropy,
                                    cross_entropy_of_log_probs, in_single_precision, reduce)
-from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, binary_levels, check_choice, check_dist, check_eps, eps_along, is_mixed, plain,
+from .targets import (BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, binary_levels, check_choice, check_dist, check_eps, eps_along, is_mixed, base_tensor,
                                    spread, to_dense)
 
 # %% ../nbs/03_losses.ipynb #6cbe5021
@@ -253,7 +253,7 @@ class MultiLabelSmoothingCrossEntropy(SmoothingLoss):
         "Smoothed cross entropy with the positives of a row sharing its mass. Shapes or labels that do not fit: ValueError"
         axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
         y = target
-        if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(plain(y).to(logits.dtype).nan_to_num(0.))
+        if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(base_tensor(y).to(logits.dtype).nan_to_num(0.))
         else: y = to_dense(y, pred.shape[axis], axis).to(logits.dtype)
         n = y.sum(axis, keepdim=True)
         q = y/n.where(n > 0, 1.)
@@ -451,10 +451,10 @@ def mass_of(
     ignore_index:int|None, # Index without mass
 )->Tensor: # 1 for a position that has a label, its mass for a soft target, 0 where ignored; at most 1
     "How much there is to learn at each position"
-    if is_mixed(target) or target.is_floating_point(): return (target.dense() if is_mixed(target) else plain(target)).nansum(axis).clamp(max=1.)
+    if is_mixed(target) or target.is_floating_point(): return (target.dense() if is_mixed(target) else base_tensor(target)).nansum(axis).clamp(max=1.)
     if target.ndim == pred.ndim and target.shape[axis] > 1: return (target.sum(axis) > 0).float() # multi-hot
     if target.ndim == pred.ndim: target = target.squeeze(axis)
-    return (plain(target) != ignore_index).float()
+    return (base_tensor(target) != ignore_index).float()
 
 # %% ../nbs/03_losses.ipynb #d27534a0
 def check_weights(

@@ -11,7 +11,7 @@ __all__ = ['transition_matrix', 'corrupt_labels']
 import torch
 from torch import Tensor
 
-from .targets import check_choice, is_index, plain
+from .targets import check_choice, is_index, base_tensor
 
 # %% ../nbs/06_noise.ipynb #3dab952a
 def transition_matrix(
@@ -47,7 +47,7 @@ def corrupt_labels(
     pairs:dict|None=None, # For 'asymmetric': {class: class that it is mistaken for}
 )->tuple: # Noisy labels (a new int64 tensor of the shape of `y`), transition matrix (K, K), flipped mask (bool)
     "Write each label down wrongly with probability `rate`. A label outside [0, K): ValueError"
-    y = plain(torch.as_tensor(y))
+    y = base_tensor(torch.as_tensor(y))
     if not is_index(y): raise TypeError(f"Labels must be integers, but have the dtype {y.dtype}.")
     y = y.long()
     if n_classes is None: n_classes = int(y.max())+1 if y.numel() else 1

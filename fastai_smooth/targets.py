@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/00_targets.ipynb #dedad9f1
-def plain(x):
+def base_tensor(x):
     "`x` without its tensor subclass: fastai's `TensorCategory`, `TensorMask` and the like dispatch slowly"
     return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
 
@@ -75,7 +75,7 @@ def to_dense(
     if not is_index(y):
         check_dense(y, n_classes, axis)
         return y
-    y = plain(y).long()
+    y = base_tensor(y).long()
     if not -y.ndim-1 <= axis <= y.ndim:
         raise ValueError(f"axis={axis} does not fit: for an index target of shape {tuple(y.shape)} the class axis lies between "
                          f"{-y.ndim-1} and {y.ndim}.")
@@ -193,7 +193,7 @@ def spread(
 )->Tensor: # Smoothed target
     "Move the share `eps` of the mass of `q` to where `dist`, or the convention, wants it"
     if not isinstance(eps, Tensor) and eps == 0: return q
-    q, n_classes = plain(q), q.shape[axis]
+    q, n_classes = base_tensor(q), q.shape[axis]
     if convention == 'others' and n_classes < 2: raise ValueError(f"convention='others' needs at least 2 classes, but got {n_classes}.")
     if convention == 'classy': eps = eps/(1+eps)
     moved = q*eps_along(eps, q, axis)
@@ -227,7 +227,7 @@ def smooth_binary(
     axis:int=-1, # Class dimension: 'uniform' counts the classes there, and one `eps` per class lies along it
 )->Tensor: # Smoothed targets of the same shape, nan where unknown
     "Smooth binary targets. A target outside [0, 1] or an unknown convention: ValueError"
-    y = plain(target)
+    y = base_tensor(target)
     if not y.is_floating_point(): y = y.to(torch.get_default_dtype())
     if y.device.type == 'cpu' and not torch.compiler.is_compiling():
         bad = (y < -1e-4) | (y > 1+1e-4)
@@ -240,7 +240,7 @@ def smooth_binary(
 def _lerp_weight(w, shape, axis):
     "Weight of a lerp of dense targets of `shape`, shaped for the components (N, m, *), or None if it differs between classes"
     if not isinstance(w, Tensor): return w if isinstance(w, Real) else None
-    w = plain(w)
+    w = base_tensor(w)
     if w.ndim > len(shape): return None
     w = w.reshape((1,)*(len(shape)-w.ndim) + tuple(w.shape))
     if w.shape[axis] != 1 or any(s not in (1, t) for s, t in zip(w.shape, shape)): return None
@@ -264,7 +264,7 @@ class MixedTarget:
         axis:int=1, # Class dimension of the dense form
         ignore_index:int|None=-100, # Index that has no mass
     ):
-        indices, weights = plain(indices), plain(weights)
+        indices, weights = base_tensor(indices), base_tensor(weights)
         if not isinstance(indices, Tensor) or not is_index(indices) or indices.ndim < 2:
             raise ValueError("indices must be an integer tensor of shape (N, m, *), but got "
                              f"{f'{indices.dtype} {tuple(indices.shape)}' if isinstance(indices, Tensor) else type(indices).__name__}.")
