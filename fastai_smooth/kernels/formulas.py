@@ -8,6 +8,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.formulas.html.md"""
 __all__ = ['smooth_cross_entropy_reference', 'smooth_binary_cross_entropy_reference']
 
 # %% ../../nbs/20_kernels.formulas.ipynb #1a72cb67
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def entries(
     index, rest = target.long(), shape[:axis] + shape[axis+1:]
     if index.shape == rest: return index.unsqueeze(axis), None, ignore_index
     if index.shape == (*shape[:axis], 1, *shape[axis+1:]): return index, None, ignore_index
-    if index.ndim == 1 < len(rest) and len(index) == rest.numel(): # flattened, as fastai's losses allow
+    if index.ndim == 1 < len(rest) and len(index) == math.prod(rest): # flattened, as fastai's losses allow
         return index.view(rest).unsqueeze(axis), None, ignore_index
     raise shape_error(shape, target.shape, axis, True)
 
