@@ -6,7 +6,7 @@
 
 `costs` measures, for a batch (256, 10000), the time over one matrix product with a (10000, 10000) matrix; for masks (2, 150, 256, 256) the time over one
 pass (x + 1) of the masks; and the bytes that the distribution itself holds. `confusable` runs `fastai-smooth compare` with 3 of 10 training labels of six
-MNIST digits swapped with the digit that they resemble (some ten minutes on one core). Each writes its part of nbs/distributions.json, which the notebooks show.
+MNIST digits swapped with the digit that they resemble (some ten minutes on one core). Each writes its part of nbs/figures/distributions.json, which the notebooks show.
 """
 import argparse
 import csv
@@ -23,7 +23,7 @@ import torch
 
 from fastai_smooth.distributions import ClassPrior, Online, Spatial, Taxonomy, Uniform, Zipf
 
-FILE = Path(__file__).parents[2]/'nbs'/'distributions.json'
+FILE = Path(__file__).parents[2]/'nbs'/'figures'/'distributions.json'
 METRICS = 'accuracy nll ece temperature nll_ts ece_ts'.split()
 
 

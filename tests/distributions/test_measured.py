@@ -1,4 +1,4 @@
-"The figures that a notebook reads from nbs/distributions.json are those of the file"
+"The figures that a notebook reads from nbs/figures/distributions.json are those of the file"
 import contextlib
 import io
 import json
@@ -12,7 +12,7 @@ NBS = Path(__file__).parents[2]/'nbs'
 def stored(notebook, part):
     "The code cells from the one that reads a part of the file on, and what they print in the notebook"
     cells = [c for c in json.loads((NBS/notebook).read_text())['cells'] if c['cell_type'] == 'code']
-    start = next(i for i, c in enumerate(cells) if f"open('distributions.json'))['{part}']" in ''.join(c['source']))
+    start = next(i for i, c in enumerate(cells) if f"open('figures/distributions.json'))['{part}']" in ''.join(c['source']))
     return [(''.join(c['source']), ''.join(''.join(o.get('text', '')) for o in c['outputs'])) for c in cells[start-1:]]
 
 
