@@ -1,8 +1,10 @@
 "The fast path on a CPU: the formula's numbers and gradients in every situation that autograd knows"
 import functools
 import itertools
+import json
 import math
 import threading
+from pathlib import Path
 
 import oracles
 import pytest
@@ -12,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastai_smooth.kernels.cpu as cpu
-import fastai_smooth.kernels.paths as paths
 from fastai_smooth.kernels import smooth_binary_cross_entropy, smooth_cross_entropy, smooth_cross_entropy_reference
 from fastai_smooth.losses import LabelSmoothingCrossEntropy
 from fastai_smooth.targets import MixedTarget
@@ -33,17 +34,6 @@ def make(form, shape=(6, K), axis=-1, dtype=torch.float64, ignored=False, scale=
     w = torch.rand(len(y), 1, *[1]*(y.ndim-1), dtype=dtype)
     return z, MixedTarget(torch.stack([y, y.flip(0)], 1), torch.cat([w, 1-w], 1), shape[axis], axis)
 
-
-@pytest.fixture
-def calls(monkeypatch):
-    "The paths that were chosen"
-    seen, path_of = [], paths.path_of
-
-    def noted(*args):
-        seen.append(path_of(*args))
-        return seen[-1]
-    monkeypatch.setattr(paths, 'path_of', noted)
-    return seen
 
 FORMS = ['index', 'dense', 'mixed']
 
@@ -288,3 +278,15 @@ def test_binary_where_the_fast_path_does_not_apply():
     exact = F.binary_cross_entropy_with_logits(b, y.double()*.9+.05)
     fast.backward(), exact.backward()
     close(fast, exact, 1e-6), close(a.grad, b.grad, 1e-10)
+
+
+@pytest.mark.notebook
+def test_the_notebook_shows_what_the_benchmark_wrote():
+    root = Path(__file__).resolve().parents[2]
+    measured = json.loads((root/'nbs'/'figures'/'losses_cpu.json').read_text(encoding='utf-8'))
+    cells = json.loads((root/'nbs'/'21_kernels.cpu.ipynb').read_text(encoding='utf-8'))['cells']
+    shown = next(text for c in cells for o in c.get('outputs', ()) if 'time over torch' in (text := ''.join(o.get('text', ''))))
+    for row in measured['cases']:
+        line = next(line for line in shown.splitlines() if line.startswith(row['case']))
+        figures = [row[k] for k in ('ours t', 'fastai t', 'timm t', 'ours mem', 'torch mem')]
+        assert line[len(row['case']):].split() == ['–' if v is None else f'{v:.2f}' for v in figures]

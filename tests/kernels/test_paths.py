@@ -3,7 +3,6 @@ import pytest
 import torch
 
 import fastai_smooth.kernels.cpu as cpu
-import fastai_smooth.kernels.paths as paths
 from fastai_smooth.kernels import (
     smooth_binary_cross_entropy,
     smooth_binary_cross_entropy_reference,
@@ -20,18 +19,6 @@ def close(a, b, tol=1e-6): torch.testing.assert_close(a, b, rtol=tol, atol=tol, 
 
 
 def batch(dtype=torch.float64): return torch.randn(6, K, dtype=dtype), torch.randint(0, K, (6,))
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    "The paths that were chosen"
-    seen, path_of = [], paths.path_of
-
-    def noted(*args):
-        seen.append(path_of(*args))
-        return seen[-1]
-    monkeypatch.setattr(paths, 'path_of', noted)
-    return seen
 
 
 def test_what_takes_the_formula(calls):
