@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,9 @@ def cases(n, d, k, device, dtype):
             return z @ w, z.T @ x
     found = {'torch': step(lambda: F.cross_entropy(F.linear(x, w).float(), y, label_smoothing=.1))}
     if hasattr(torch.nn, 'LinearCrossEntropyOptions'):
-        found['chunks, no smoothing'] = step(lambda: F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions()))
-    return {**found, 'products': products, 'ours, eps=0': step(lambda: smooth_linear_cross_entropy(x, w, y, 0.)), 'ours': step(lambda: smooth_linear_cross_entropy(x, w, y, .1)),
-            'ours, tree': step(lambda: smooth_linear_cross_entropy(x, w, y, .1, dist=tree)), 'ours, pair': step(lambda: smooth_linear_cross_entropy(x, w, pair, .1))}
+        found['chunks, no smoothing'] = step(partial(F.linear_cross_entropy, x, w, y, options=torch.nn.LinearCrossEntropyOptions()))
+    ours = {'ours, eps=0': (y, 0., None), 'ours': (y, .1, None), 'ours, tree': (y, .1, tree), 'ours, pair': (pair, .1, None)}
+    return {**found, 'products': products, **{name: step(partial(smooth_linear_cross_entropy, x, w, t, eps, dist=dist)) for name, (t, eps, dist) in ours.items()}}
 
 
 def peak(step, device):
