@@ -8,7 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.heads.html.md"""
 __all__ = ['parts_of', 'TreeSums', 'HeadTarget', 'exponentials', 'rows_per_chunk', 'head_formula', 'check_head',
            'smooth_linear_cross_entropy']
 
-# %% ../../nbs/24_kernels.heads.ipynb #68b63dca
+# %% ../../nbs/24_kernels.heads.ipynb #8af206c8
 import os
 from collections.abc import Iterator
 
@@ -20,7 +20,7 @@ from ..distributions import ClassPrior, Distribution, Mixture, Similarity, Taxon
 from .formulas import REDUCTIONS, cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, times
 from ..targets import base_tensor, check_choice, check_eps, dense_target, eps_along, is_readable
 
-# %% ../../nbs/24_kernels.heads.ipynb #53891907
+# %% ../../nbs/24_kernels.heads.ipynb #7059c53a
 def parts_of(
     dist:Distribution, # A distribution, perhaps a sum
     weight:float=1., # Its share of the mass
@@ -33,7 +33,7 @@ def parts_of(
     else: raise ValueError(f"dist={dist!r} cannot be used without the logits, which smooth_linear_cross_entropy never builds whole: "
                            "use LabelSmoothingCrossEntropy on the output of the linear layer, or a dist made of Uniform, ClassPrior, Taxonomy and Similarity.")
 
-# %% ../../nbs/24_kernels.heads.ipynb #19b76b7b
+# %% ../../nbs/24_kernels.heads.ipynb #10e9e381
 class TreeSums:
     "A `Taxonomy` as a linear operator on rows of a matrix, by sums over the groups of each level"
     def __init__(self, taxonomy, weight, dtype, device):
@@ -73,7 +73,7 @@ class TreeSums:
             total[n-1] = 0
             for i in range(0, len(out), step): out[i:i+step] += self.weighted(total[ids[i:i+step]], slice(i, i+step)).to(out.dtype)
 
-# %% ../../nbs/24_kernels.heads.ipynb #68db34c0
+# %% ../../nbs/24_kernels.heads.ipynb #fa8672e0
 class HeadTarget:
     "Target, strength, class weights and distribution of a linear head, with what of them holds for all chunks"
     def __init__(self, index, coefficient, eps, class_weight, weight_by, dist, n_classes, dtype):
@@ -123,7 +123,7 @@ class HeadTarget:
             res = res + share*own
         return res if self.by_class is None else res*self.by_class
 
-# %% ../../nbs/24_kernels.heads.ipynb #f5daf4c6
+# %% ../../nbs/24_kernels.heads.ipynb #52249b9c
 def exponentials(
     z:Tensor, # Logits (rows, K), overwritten with exp(z - max)
     block:int=2**18, # Elements that stay in a CPU's cache
@@ -138,7 +138,7 @@ def exponentials(
         lse[i:i+step] = top + norm[i:i+step].log()
     return lse,norm
 
-# %% ../../nbs/24_kernels.heads.ipynb #f645c016
+# %% ../../nbs/24_kernels.heads.ipynb #14d38b18
 class _Head:
     "One pass over the rows of a linear head: losses, and gradients if they are wanted"
     def __init__(self, x, weight, bias, target):
@@ -193,7 +193,7 @@ class _Head:
             grads.add(s, g, f, moved*each, [(r*each, v) for r, v in rows])
         return losses,grads.finish()
 
-# %% ../../nbs/24_kernels.heads.ipynb #51ebf578
+# %% ../../nbs/24_kernels.heads.ipynb #65f37f83
 class _Gradients:
     "Gradients of features, weight and bias of a `_Head`, made chunk by chunk"
     def __init__(self, head, wants):
@@ -202,7 +202,8 @@ class _Gradients:
         self.weight = torch.zeros_like(head.weight) if wants[1] else None
         self.bias = head.x.new_zeros(n, 1, dtype=head.dtype) if wants[2] else None
         self.pulled, self.pulled_bias = head.x.new_zeros(head.x.shape[1], dtype=head.dtype), 0. # Σ moved·x and Σ moved
-        self.totals = [{k: [torch.zeros_like(t) for t in columns[j][1]] for k, j in (('weight', 0), ('bias', 1))} for _, _, columns in head.trees] if any(wants[1:]) else []
+        empty = lambda sums: [torch.zeros_like(t) for t in sums]
+        self.totals = [{'weight': empty(columns[0][1]), 'bias': empty(columns[1][1])} for _, _, columns in head.trees] if any(wants[1:]) else []
 
     def add(self, s, g, f, moved, tree_rows):
         "The chunk `s`: gradient of its logits, its features, the mass that moves, and per tree the coefficients and rows"
@@ -231,7 +232,7 @@ class _Gradients:
             if self.bias is not None: tree.distribute(totals['bias'], self.bias)
         return self.x,self.weight,None if self.bias is None else self.bias[:,0]
 
-# %% ../../nbs/24_kernels.heads.ipynb #be70c6b5
+# %% ../../nbs/24_kernels.heads.ipynb #8c7786a9
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, target, reduction, step, formula):
@@ -263,7 +264,7 @@ class _HeadLoss(torch.autograd.Function):
         dx,dw,db = grads
         return dx,dw,db if db is None else db.to(bias.dtype),None,None,None,None
 
-# %% ../../nbs/24_kernels.heads.ipynb #262645f2
+# %% ../../nbs/24_kernels.heads.ipynb #fcaba32b
 def rows_per_chunk(
     features:Tensor, # (R, D)
     weight:Tensor, # (K, D)
@@ -278,7 +279,7 @@ def rows_per_chunk(
         if hasattr(os, 'sysconf') and 'SC_AVPHYS_PAGES' in os.sysconf_names: room = min(room, os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//4)
     return max(1, int(room//per_row))
 
-# %% ../../nbs/24_kernels.heads.ipynb #fa2d9011
+# %% ../../nbs/24_kernels.heads.ipynb #8f7a321e
 def head_formula(x, weight, bias, target, eps, dist, class_weight, weight_by, ignore_index, reduction):
     "The loss as one would write it down: what the chunks equal, and what runs under transforms and for second derivatives"
     log_probs = in_single_precision(F.linear(x, weight, bias)).log_softmax(-1)
@@ -291,17 +292,21 @@ def head_formula(x, weight, bias, target, eps, dist, class_weight, weight_by, ig
 def check_head(features, weight, bias, class_weight, chunk):
     "Raise a ValueError or TypeError that names what does not fit in a linear head"
     for name, t in (('features', features), ('weight', weight)):
-        if not isinstance(t, Tensor) or not t.is_floating_point(): raise TypeError(f"{name} must be a floating tensor, but got {t.dtype if isinstance(t, Tensor) else type(t).__name__}.")
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, but got {t.dtype if isinstance(t, Tensor) else type(t).__name__}.")
+    shape,k = tuple(features.shape),len(weight)
     if weight.ndim != 2: raise ValueError(f"weight must be (K, D), one row per class, but has the shape {tuple(weight.shape)}.")
-    if features.ndim < 2 or features.shape[-1] != weight.shape[1]:
-        raise ValueError(f"features of shape {tuple(features.shape)} do not fit weight of shape {tuple(weight.shape)}: features are (N, *, D) and weight is (K, D) with the same D.")
-    if bias is not None and bias.shape != weight.shape[:1]: raise ValueError(f"bias must be ({len(weight)},), one number per class, but has the shape {tuple(bias.shape)}.")
-    if class_weight is not None:
-        if tuple(class_weight.shape) != (len(weight),): raise ValueError(f"class_weight must be ({len(weight)},), one number per class, but has the shape {tuple(class_weight.shape)}.")
-        if is_readable(class_weight) and not (class_weight >= 0).all(): raise ValueError(f"class_weight must be at least 0, but holds {class_weight[~(class_weight >= 0)][0].item():g}.")
-    if chunk != 'auto' and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1): raise ValueError(f"chunk must be 'auto' or a number of rows, at least 1, but got {chunk!r}.")
+    if features.ndim < 2 or shape[-1] != weight.shape[1]:
+        raise ValueError(f"features of shape {shape} do not fit weight of shape {tuple(weight.shape)}: "
+                         "features are (N, *, D) and weight is (K, D) with the same D.")
+    for name, t in (('bias', bias), ('class_weight', class_weight)):
+        if t is not None and tuple(t.shape) != (k,): raise ValueError(f"{name} must be ({k},), one number per class, but has the shape {tuple(t.shape)}.")
+    if class_weight is not None and is_readable(class_weight) and not (class_weight >= 0).all():
+        raise ValueError(f"class_weight must be at least 0, but holds {class_weight[~(class_weight >= 0)][0].item():g}.")
+    if chunk != 'auto' and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be 'auto' or a number of rows, at least 1, but got {chunk!r}.")
 
-# %% ../../nbs/24_kernels.heads.ipynb #26f29c00
+# %% ../../nbs/24_kernels.heads.ipynb #54a2323e
 def smooth_linear_cross_entropy(
     features:Tensor, # Inputs of the last layer, (N, *, D)
     weight:Tensor, # Weight of the last layer, (K, D)
