@@ -54,9 +54,10 @@ def kind_of_loss(
     elif isinstance(func, SOFTMAX) or type(func) in SOFTMAX_EXACTLY: act = lambda z, axis: z.softmax(axis)
     elif isinstance(func, nn.NLLLoss): act = lambda z, axis: z.exp()
     else: act = (lambda z, axis: loss.activation(z)) if own else None
-    return act,axis,-100 if ignore is None else ignore,isinstance(func, (*SIGMOID, nn.BCELoss)) or isinstance(inner, LabelSmoothingBCE)
+    binary = isinstance(func, (*SIGMOID, nn.BCELoss)) or isinstance(inner, LabelSmoothingBCE) or getattr(loss, 'binary', False) is True
+    return act,axis,-100 if ignore is None else ignore,binary
 
-# %% ../../nbs/60_calibration.predictions.ipynb #e3313e46
+# %% ../../nbs/60_calibration.predictions.ipynb #60d1bec5
 def form_of(
     act, # From rows of predictions in float64 to probabilities
     k:int, # Number of classes
@@ -68,7 +69,7 @@ def form_of(
     p = act(probe)
     return next((name for name, v in same.items() if v.shape == p.shape and torch.allclose(p.to(v), v)), 'other')
 
-# %% ../../nbs/60_calibration.predictions.ipynb #c5e58a67
+# %% ../../nbs/60_calibration.predictions.ipynb #e7d23981
 class Rows:
     "Predictions and targets of a batch, one row per position"
     each = 'z','q','mass','example','_p' # what there is one of for each row
@@ -108,7 +109,7 @@ class Rows:
         "Which rows have a prediction that is nan where something is known"
         return (self.p.isnan() & ~self.q.isnan()).any(1)
 
-# %% ../../nbs/60_calibration.predictions.ipynb #01acd673
+# %% ../../nbs/60_calibration.predictions.ipynb #c5d02e31
 def binary_rows(z, y, axis, ignore):
     "Rows of questions: targets are multi-hot, or class indices that stand for a set of one label"
     shape,k = z.shape,z.shape[axis]
@@ -150,7 +151,7 @@ def check_labels(y, k):
     bad = (y < 0) | (y >= k)
     if bad.any(): raise ValueError(f"Label {int(y[bad][0])} is outside [0, {k}) for {k} classes.")
 
-# %% ../../nbs/60_calibration.predictions.ipynb #12707d4c
+# %% ../../nbs/60_calibration.predictions.ipynb #89df7a44
 def as_rows(
     pred:Tensor, # Predictions of a batch
     y:Tensor, # Targets
