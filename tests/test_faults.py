@@ -21,7 +21,9 @@ from fastai.optimizer import SGD
 from learners import Look, check_seen, fit, make_learner
 from torch import nn
 
-from fastai_smooth.callback import CutMixMask, LabelSmoothing, OneOf, TimmMix, _OneShot, _TrainingLoss
+from fastai_smooth.callback import CutMixMask, LabelSmoothing, OneOf, TimmMix
+from fastai_smooth.callback.smoothing import SmoothedLoss as _TrainingLoss
+from fastai_smooth.callback.training_pass import OneShot as _OneShot
 from fastai_smooth.losses import EachClass, LabelSmoothingCrossEntropy
 
 CANCELS = [CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
