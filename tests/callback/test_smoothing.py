@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastai_smooth.callback import LabelSmoothing, OneOf, soft_loss
-from fastai_smooth.distributions import ClassPrior, Similarity, Uniform
+from fastai_smooth.distributions import ClassPrior, Similarity, Teacher, Uniform, Zipf
 from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
 from fastai_smooth.targets import MixedTarget
 
@@ -548,6 +548,31 @@ def test_a_pass_reads_the_loss_before_its_first_batch(loss):
         learn.look.seen = part
         check_seen(learn, 'index', .2, weight=w.tolist())
     assert getattr(loss, 'func', loss).weight is second
+
+
+class Squares(nn.Module):
+    "A registered loss without a strength"
+    def forward(self, pred, y): return (pred-F.one_hot(y, K)).square().mean()
+
+
+soft_loss.register(Squares, lambda loss: lambda pred, q: (pred-q).square().mean())
+
+
+@pytest.mark.parametrize('mixers', ['none', 'mixup'])
+@pytest.mark.parametrize('dist', [Zipf, lambda: Teacher(teacher()), lambda: .5*Zipf() + .5*Uniform()], ids=['zipf', 'teacher', 'sum'])
+def test_a_registered_loss_and_a_distribution_that_asks(dist, mixers):
+    "It is told what the model predicts and what it was called with"
+    learn = fit(make_learner('index', Squares(), [LabelSmoothing(.3, dist()), Look(), *[m() for m in MIXERS[mixers]]]), 1)
+    asked = dist()
+    for x, pred, loss, _ in learn.look.seen:
+        q = learners.truth_of(x, 'index')
+        q = .7*q + .3*asked(q, logits=pred, inputs=x)
+        np.testing.assert_allclose(loss, (pred-q).square().mean(), rtol=1e-5)
+
+
+def teacher():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Flatten(), nn.Linear(K*learners.SIDE**2, K))
 
 
 @pytest.mark.parametrize('loss, cb, words', [
