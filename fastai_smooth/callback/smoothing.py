@@ -94,7 +94,7 @@ class SmoothingSettings(TrainingPassCallback):
         if 1 < len(ax.lines) <= 12: ax.legend()
         return ax
 
-# %% ../../nbs/43_callback.smoothing.ipynb #9dcbd950
+# %% ../../nbs/43_callback.smoothing.ipynb #ca09cb7c
 def heads_of(
     settings:SmoothingSettings, # What the callback was told
     soft, # Soft version of the user's loss
@@ -149,7 +149,7 @@ def configure(
         leaf.negative = settings.negative
         check_dist(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
 
-# %% ../../nbs/43_callback.smoothing.ipynb #da2d67f2
+# %% ../../nbs/43_callback.smoothing.ipynb #576d6c92
 def find_classes(
     learn, # The `Learner`
     head:Head, # One of the targets
@@ -197,7 +197,7 @@ def check_validation(
         raise ValueError(f"The data loader gives dense targets of shape {tuple(dense[0].given.shape)}, and {loss.user!r} cannot take them: the validation "
                          f"after the first epoch would fail ({type(e).__name__}: {e}). Use a loss for both, such as LabelSmoothingCrossEntropy(0.).") from e
 
-# %% ../../nbs/43_callback.smoothing.ipynb #3df12170
+# %% ../../nbs/43_callback.smoothing.ipynb #5d83ccdf
 def show_strengths(
     learn, # The `Learner`
     log:list, # A strength per batch
@@ -223,7 +223,7 @@ def forget_targets(
             kept = mixer.__dict__.get('yb1')
             if isinstance(kept, tuple) and any(map(is_mixed, kept)): del mixer.yb1
 
-# %% ../../nbs/43_callback.smoothing.ipynb #10255291
+# %% ../../nbs/43_callback.smoothing.ipynb #cd5cfec7
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
@@ -308,7 +308,7 @@ class SmoothingPass(SmoothingSettings):
         loss.checked = True
         return loss.smoothed(pred, yb, self.current_eps, **kwargs)
 
-# %% ../../nbs/43_callback.smoothing.ipynb #ab7b7027
+# %% ../../nbs/43_callback.smoothing.ipynb #0b67e383
 class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them
