@@ -8,6 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/distributions.learned.html.m
 __all__ = ['Online', 'Teacher']
 
 # %% ../../nbs/12_distributions.learned.ipynb #f1a50103
+import copy
 import math
 
 import torch
@@ -81,7 +82,7 @@ class Online(Distribution):
 
 # %% ../../nbs/12_distributions.learned.ipynb #b61735ee
 class Teacher(Distribution):
-    "By the predictions of another model: distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531"
+    "By the predictions of another model: distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531. A pickle leaves the model out"
     def __init__(self,
         model, # An nn.Module or a fastai Learner that gives logits
         temperature:float=1., # Above 0: the larger, the softer
@@ -105,13 +106,36 @@ class Teacher(Distribution):
     def predict(self,
         inputs # A tensor, or the tuple of the inputs
     )->Tensor: # Logits
-        "The teacher's logits. The mode of each of its modules is put back"
+        "The teacher's logits, the first element of what a model with several outputs gives. The mode of each of its modules is put back"
+        self.check_model()
         modes = [(m, m.training) for m in self.model.modules()]
         try:
             self.model.eval()
-            with torch.no_grad(): return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
+            with torch.no_grad(): z = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
         finally:
             for m, training in modes: m.training = training
+        return z[0] if isinstance(z, (tuple, list)) and len(z) else z
+
+    def check_model(self):
+        "Raise a ValueError if the model was left out of a pickle"
+        if self.model is None:
+            raise ValueError(f"{self!r} has no model any more: pickles, such as that of learn.export, leave it out. Set its `.model` to go on training.")
+
+    def check_classes(self, n_classes):
+        self.check_model() # the callback asks at the start of a fit
+        super().check_classes(n_classes)
+
+    # nn.Module keeps its parts in `_modules`, and has no public way to leave one out of a pickle
+    def __getstate__(self): return {**vars(self), '_modules': {**self._modules, 'model': None}}
+    def __copy__(self): return self._with(dict(vars(self), _modules=dict(self._modules), _buffers=dict(self._buffers)))
+    def __deepcopy__(self, memo):
+        new = memo[id(self)] = self._with({})
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
+    def _with(self, state):
+        new = object.__new__(type(self))
+        new.__dict__.update(state)
+        return new
 
     def forward(self, target, axis=1, logits=None, inputs=None):
         q = dense_of(target, axis)
@@ -124,4 +148,5 @@ class Teacher(Distribution):
         q32 = in_single(q)
         return ((base_tensor(z).to(q32)/self.scale.to(q32)).softmax(axis)*q32.sum(axis, keepdim=True)).to(q.dtype)
 
-    def __repr__(self): return f'Teacher({type(self.model).__name__}, temperature={self.temperature:g})'
+    def __repr__(self):
+        return f'Teacher({None if self.model is None else type(self.model).__name__}, temperature={self.temperature:g})'

@@ -54,6 +54,17 @@ def label_error(
     return ValueError(f"Label {y[bad].flatten()[0].item()} is outside [0, {n_classes}) for {n_classes} classes{also}, in a target of shape {tuple(y.shape)}. "
                       f"Check n_classes, or the outputs of the model{skip}.")
 
+def check_labels(
+    index:Tensor, # Class indices; those that are ignored are any class
+    n_classes:int, # Number of classes
+    ignore_index:int|None, # Label that means "ignored", for the message
+)->Tensor|None: # None where the labels are right, otherwise which of them are
+    "Raise the error for a label outside [0, `n_classes`) where values can be read, and tell which are inside where they cannot"
+    if not is_readable(index): return (index >= 0) & (index < n_classes)
+    if index.numel():
+        low,high = index.aminmax()
+        if low.item() < 0 or high.item() >= n_classes: raise label_error(index, n_classes, ignore_index)
+
 def check_axis(
     x:Tensor, # Logits, or a dense target
     axis:int, # Class dimension
@@ -122,11 +133,12 @@ def to_dense(
         raise ValueError(f"axis={axis} does not fit: for an index target of shape {tuple(y.shape)} the class axis lies between "
                          f"{-y.ndim-1} and {y.ndim}.")
     kept = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
-    index,mass = (y*kept).unsqueeze(axis),kept.unsqueeze(axis).to(torch.get_default_dtype())
-    shape = list(index.shape)
-    shape[axis] = n_classes
-    try: return mass.new_zeros(shape).scatter_(axis, index, mass)
-    except (RuntimeError, IndexError): raise label_error(y, n_classes, ignore_index) from None
+    index,mass = y*kept,kept.to(torch.get_default_dtype())
+    inside = check_labels(index, n_classes, ignore_index)
+    if inside is not None: index,mass = index*inside,mass.masked_fill(~inside, torch.nan)
+    shape = list(y.shape)
+    shape.insert(axis % (y.ndim+1), n_classes)
+    return mass.new_zeros(shape).scatter_(axis, index.unsqueeze(axis), mass.unsqueeze(axis))
 
 # %% ../../nbs/00_targets.dense.ipynb #8d530610
 def dense_target(
