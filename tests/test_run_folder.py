@@ -78,7 +78,8 @@ def test_the_second_of_two_that_found_it_empty(tmp_path):
 @pytest.mark.processes
 def test_the_lock_is_held_by_the_process(tmp_path):
     "Another process cannot claim it; when the owner is killed, it can"
-    code = "import sys, time; from fastai_smooth.run_folder import RunFolder\nwith RunFolder(sys.argv[1], {}).claim(): print('mine', flush=True); time.sleep(60)"
+    code = "import sys, time; from fastai_smooth.run_folder import RunFolder\n"
+    code += "with RunFolder(sys.argv[1], {}).claim(): print('mine', flush=True); time.sleep(60)"
     owner = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == 'mine\n'
     with pytest.raises(InUse, match='in use by another run'):

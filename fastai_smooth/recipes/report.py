@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from ..calibration import CalibrationInterpretation, Predictions, fit_temperature
 from ..callback import LabelSmoothing
-from .scores import base_of
+from ..compare.verdict import baselines as base_of
 from ..targets import smooth_binary, spread
 
 # %% ../../nbs/08e_report.ipynb #497fedd9
