@@ -92,13 +92,15 @@ def add_settings(parser):
     kinds = {bool: truth, int: int, float: float, tuple: whole_numbers}
     for k, found in owners.items():
         kind = int if k == 'ignore' else next((kinds[type(v)] for _, v in found if type(v) in kinds), str)
-        parser.add_argument(f"--{k.replace('_', '-')}", type=kind, metavar=SHOWN[kind], help=', '.join(f'{name} ({v})'.replace('%', '%%') for name, v in found))
+        how = dict(action='store_const', const=True) if k == 'skip_broken' else dict(type=kind, metavar=SHOWN[kind])
+        parser.add_argument(f"--{k.replace('_', '-')}", **how, help=None if len(found) > 5 else 'of '+', '.join(name for name, _ in found))
 
-# %% ../nbs/90_cli.ipynb #449a52f1
+# %% ../nbs/90_cli.ipynb #c32ef3b9
 RUNS = Path('fastai_smooth_runs')
 
-DATA = """DATA is one of the embedded sets digits, mnist5k, multi_digits, digit_masks, breast_cancer, wine, iris; pets, which is downloaded; a folder with a
-folder of images per class, perhaps below train and valid; a folder of images, labels and codes.txt; or a CSV of files, texts or rows and their labels."""
+DATA = """DATA is one of the embedded sets digits, mnist5k, multi_digits, digit_masks, docstrings, breast_cancer, wine, iris; pets, which is downloaded;
+a folder with a folder of images per class, perhaps below train and valid; a folder of images, labels and codes.txt; or a CSV of files, texts or rows
+and their labels."""
 
 def new_folder(name): return RUNS/f'{name}-{datetime.now():%Y%m%d-%H%M%S}'
 
@@ -204,7 +206,7 @@ def _parser():
     for name, command in COMMANDS.items():
         p = commands.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False, epilog=DATA if command is compare else None)
         add_options(p, command)
-        if command is train: add_settings(p.add_argument_group('settings', 'with the recipes that have them, and what they are there'))
+        if command is train: add_settings(p.add_argument_group('settings', 'their values and sources: fastai-smooth list RECIPE'))
     return parser
 
 def main(

@@ -38,10 +38,8 @@ from .page import write_report
 from .pictures import plot_reliability, png_of
 from .scores import METRICS, loss_of, predictions_of, score
 from .verdict import differences, mean_ci, verdict
-from ..noise import corrupt_labels, transition_matrix
-from ..recipes.models import NETWORKS, network_for
+from ..data import NETWORKS, SOURCES, corrupt_labels, network_for, read_source, transition_matrix
 from ..run_folder import RunFolder, atomic, write_text
-from ..sources import SOURCES, read_source
 
 # %% ../../nbs/76_compare.comparison.ipynb #d261de2b
 DEFAULT = ('ce', 'ls', 'mixup', 'mixup+ls')

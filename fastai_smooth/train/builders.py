@@ -11,7 +11,7 @@ __all__ = ['labels_of', 'image_learner', 'one_cycle', 'pets_learner', 'finetune_
            'pixel_accuracy', 'segmentation_dls', 'segmentation_learner', 'text_recipe_dls', 'text_learner',
            'text_train', 'tabular_dls', 'tabular_learner_of']
 
-# %% ../../nbs/81_train.builders.ipynb #1228993b
+# %% ../../nbs/81_train.builders.ipynb #335798da
 import numpy as np
 import timm
 from fastai.callback.mixup import CutMix, MixUp
@@ -33,12 +33,12 @@ from fasttransform import Transform
 
 from ..calibration import ECE, NLL
 from ..callback import CutMixMask, LabelSmoothing, OneOf
-from ..data import (body_of, digit_masks, digits, downloading, embedded_table, folder_dls, image_dls, load_weights, mask_dls, multi_digits,
+from ..data import (body_of, digit_masks, digits, docstrings, downloading, embedded_table, image_dls, load_weights, mask_dls, multi_digits,
                                 network_for, small_convnet, table_csv_dls, texts_dls)
 from ..distributions import Spatial
 from ..losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
 
-# %% ../../nbs/81_train.builders.ipynb #a29f3a38
+# %% ../../nbs/81_train.builders.ipynb #e6b4b79b
 def labels_of(dls):
     "Plain loss and metric: of several labels per example, or of one"
     several = isinstance(dls.one_batch()[-1], TensorMultiCategory)
@@ -61,9 +61,7 @@ def one_cycle(learn, s): learn.fit_one_cycle(s['epochs'], s['lr'])
 
 def pets_learner(dls, s): return image_learner(dls, s, loss_func=LabelSmoothingCrossEntropy(s['eps']), metrics=[error_rate, ECE()])
 
-def finetune_dls(path, s):
-    if path is None: raise ValueError("This recipe has no data of its own: pass a folder with a folder of images per class, or a CSV of files and labels.")
-    return image_dls(path, s, Resize(s['presize']), aug_transforms(size=s['size']))
+def finetune_dls(path, s): return image_dls(path, s, Resize(s['presize']), aug_transforms(size=s['size']))
 
 def finetune_learner(dls, s):
     loss,right = labels_of(dls)
@@ -123,11 +121,11 @@ def repeated_dl(repeats):
     if repeats not in found: raise ValueError(f"repeats must be 1 or 3, but got {repeats}.")
     return found[repeats]
 
-# %% ../../nbs/81_train.builders.ipynb #32b9f19b
+# %% ../../nbs/81_train.builders.ipynb #fa64277a
 def imagenet_dls(path, s):
     crop = RandomResizedCrop(s['size'])
     crop.split_idx = 0
-    return folder_dls(path, s, [crop, FlipItem(.5), RandAugment(s['magnitude'], s['magnitude_std'], s['size']), TestCrop(s['test_size'])],
+    return image_dls(path, s, [crop, FlipItem(.5), RandAugment(s['magnitude'], s['magnitude_std'], s['size']), TestCrop(s['test_size'])],
                       [Normalize.from_stats(*imagenet_stats)], repeated_dl(s['repeats']))
 
 def imagenet_learner(dls, s):
@@ -168,14 +166,14 @@ def segmentation_learner(dls, s):
     smoothing = LabelSmoothing(s['eps'], Spatial(s['kernel_size'], s['sigma']), n_classes=n)
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(axis=1), cbs=[smoothing, CutMixMask()], metrics=[pixel_accuracy, ECE(), NLL()])
 
-def text_recipe_dls(path, s):
-    if path is None: raise ValueError("This recipe has no data of its own: pass a CSV with the columns text and label.")
-    return texts_dls(path, s)
+def text_recipe_dls(path, s): return docstrings(s['bs'], s['valid_pct'], s['seed']) if path is None else texts_dls(path, s)
 
 def text_learner(dls, s):
     loss,right = labels_of(dls)
-    make = lambda: text_classifier_learner(dls, AWD_LSTM, pretrained=s['pretrained'], drop_mult=s['drop_mult'], loss_func=loss, cbs=LabelSmoothing(s['eps']),
-                                           metrics=[right, ECE(), NLL()])
+    rest = dict(loss_func=loss, cbs=LabelSmoothing(s['eps']), metrics=[right, ECE(), NLL()])
+    if s['arch'] != 'awd_lstm' or s['weights'] is not None or not s['pretrained']:
+        return Learner(dls, network_for('texts', s['arch'], len(dls.vocab[0]), get_c(dls), s['weights'], s['pretrained']), **rest)
+    make = lambda: text_classifier_learner(dls, AWD_LSTM, **rest)
     return downloading('The weights of AWD_LSTM', 'pass pretrained=False to start from nothing.', make)
 
 def text_train(learn, s): (finetune if s['pretrained'] else one_cycle)(learn, s)

@@ -7,22 +7,23 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/train.exported.html.md"""
 # %% auto #0
 __all__ = ['read_learner', 'write_learner', 'held_out_dl', 'figures_of', 'calibrate']
 
-# %% ../../nbs/86_train.exported.ipynb #9a090413
+# %% ../../nbs/86_train.exported.ipynb #b2045428
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import EncodedMultiCategorize, OneHotEncode
+from fastai.data.transforms import EncodedMultiCategorize, OneHotEncode, get_c
 from fastai.learner import load_learner
 from fastai.tabular.data import TabularDataLoaders
 from fastai.torch_core import TensorCategory, TensorMultiCategory
+from fastcore.xtras import is_listy
 
 from ..calibration import TemperatureScaling, cross_fit, gather
-from ..data import csv_files, folder_files, has_texts, read_csv
+from ..data import read_source
 from ..run_folder import atomic
 
-# %% ../../nbs/86_train.exported.ipynb #edaafc98
+# %% ../../nbs/86_train.exported.ipynb #9e326341
 def read_learner(
     file # Exported learner. It is a pickle, which runs code: only files that you trust
 ): # fastai `Learner`
@@ -43,61 +44,53 @@ def write_learner(
         try: learn.export(part.name)
         finally: learn.path = before
 
-# %% ../../nbs/86_train.exported.ipynb #81eacd0b
+# %% ../../nbs/86_train.exported.ipynb #b895631c
 class _Labelled:
     "Inputs that a learner has read, each with its target"
     def __init__(self, inputs, targets): self.inputs,self.targets = inputs,targets
     def __len__(self): return len(self.targets)
     def __getitem__(self, i): return *self.inputs[i],self.targets[i]
 
-def _numbers(known, vocab, labels, data):
+def _numbers(vocab, source):
     "Labels in the learner's class numbers: (N,) indices or a multi-hot matrix (N, K)"
-    new = next((v for v in map(str, vocab) if v not in known), None)
-    if new is not None: raise ValueError(f"{data} has examples of the class {new!r}, which the learner does not know: it knows {', '.join(known[:20])}.")
-    place = np.array([known.index(str(v)) for v in vocab])
-    if labels.ndim == 1: return place[labels]
-    there = np.zeros((len(labels), len(known)), np.float32)
-    there[:,place] = labels
+    known = [str(v) for v in (vocab[-1] if is_listy(vocab[-1]) else vocab)] # of texts: words, then classes
+    new = next((v for v in map(str, source.vocab) if v not in known), None)
+    if new is not None:
+        raise ValueError(f"{source.where} has examples of the class {new!r}, which the learner does not know: it knows {', '.join(known[:20])}.")
+    place = np.array([known.index(str(v)) for v in source.vocab])
+    if not source.several: return place[source.labels]
+    there = np.zeros((len(source.labels), len(known)), np.float32)
+    there[:,place] = source.labels
     return there
 
-def _table_dl(learn, data):
-    "Rows of a table, as the learner's own"
-    import pandas as pd
-    names = learn.dls.train_ds
-    try: table = pd.read_csv(data)
-    except Exception as e: raise ValueError(f"Cannot read {data} as a table ({type(e).__name__}: {e}).") from None # whatever pandas raises
-    target,missing = names.y_names[0],[c for c in (*names.cat_names, *names.cont_names, *names.y_names) if c not in table]
-    missing = [c for c in missing if not c.endswith('_na')] # fastai's own marks of what is missing
-    if missing: raise ValueError(f"{data} has no column {missing[0]!r}, which the learner reads.")
-    known = [str(v) for v in learn.dls.vocab]
-    vocab,labels = np.unique(table[target].astype(str), return_inverse=True)
-    return learn.dls.test_dl(table.assign(**{target: _numbers(known, vocab, labels, data)}))
+def _rows_dl(learn, source):
+    "Rows of a table, as the learner's own: their classes as numbers"
+    target = learn.dls.y_names[0]
+    missing = [c for c in (*learn.dls.cat_names, *learn.dls.cont_names) if c not in source.table and not c.endswith('_na')] # fastai's marks of gaps
+    if missing: raise ValueError(f"{source.where} has no column {missing[0]!r}, which the learner reads.")
+    return learn.dls.test_dl(source.table.assign(**{target: _numbers(learn.dls.vocab, source)}))
 
 def held_out_dl(
     learn, # fastai `Learner` of images, texts or rows, with a class or several labels per example
-    data, # Folder with a folder of images per class, or a CSV of files, texts or rows with their labels
-    delimiter:str|None=None, # Between several labels in a CSV
+    source, # `LabelledData` from `read_source`, with images in their files
 ):
     "A data loader of labelled data for a learner, however its own data were made. Data that it cannot read: ValueError"
-    if isinstance(learn.dls, TabularDataLoaders): return _table_dl(learn, data)
-    vocab = getattr(learn.dls, 'vocab', None)
-    if vocab is None or learn.dls.n_inp != 1 or any(isinstance(v, (list, tuple)) for v in vocab):
-        raise ValueError("A temperature needs a learner with one input and one set of classes; this one has others.")
-    data = Path(data)
-    if data.is_dir(): items,labels,new,_ = folder_files(data)
-    elif has_texts(data): items,labels,new,_ = read_csv(data, 'text', delimiter)
-    else: items,labels,new,_ = csv_files(data, delimiter)
-    labels = _numbers([str(v) for v in vocab], new, labels, data)
+    if isinstance(learn.dls, TabularDataLoaders) != (source.kind == 'table'):
+        raise ValueError(f"The learner does not read {source.unit}, as {source.where} has them.")
+    if source.kind == 'table': return _rows_dl(learn, source)
     several = any(isinstance(t, (OneHotEncode, EncodedMultiCategorize)) for t in learn.dls.valid_ds.tls[-1].tfms.fs)
-    if labels.ndim == 2 and not several: raise ValueError("The learner gives one class to each example: leave the delimiter out.")
-    if labels.ndim == 1 and several: labels = np.eye(len(vocab), dtype=np.float32)[labels]
-    try: dl = learn.dls.test_dl(list(items))
+    if learn.dls.n_inp != 1 or not hasattr(learn.dls, 'vocab'): raise ValueError("A temperature needs a learner with one input and one set of classes.")
+    if source.several and not several: raise ValueError("The learner gives one class to each example, so leave the delimiter out.")
+    labels = _numbers(learn.dls.vocab, source)
+    if several and not source.several: labels = np.eye(get_c(learn.dls), dtype=np.float32)[labels]
+    items = source.texts if source.kind == 'texts' else source.files
+    try: dl = learn.dls.test_dl(items)
     except AssertionError as e: # how fastai says that a learner takes other items
         raise ValueError(f"The learner cannot read {items[0]}: {' '.join(str(e).split())}.") from None
     targets = TensorMultiCategory(torch.as_tensor(labels)) if several else [TensorCategory(int(k)) for k in labels]
     return dl.new(_Labelled(dl.dataset, targets))
 
-# %% ../../nbs/86_train.exported.ipynb #51097f59
+# %% ../../nbs/86_train.exported.ipynb #16e91b2d
 def figures_of(
     predictions, # `Predictions` as trained
     after, # The same after temperature
@@ -115,9 +108,9 @@ def calibrate(
     learner,data,out = Path(learner),Path(data),Path(out)
     if out.exists(): raise ValueError(f"{out} is there already: name another file.")
     if not out.parent.is_dir(): raise ValueError(f"There is no folder {out.parent}.")
-    if not data.exists(): raise ValueError(f"There is no {data}: name a folder with a folder of images per class, or a CSV.")
+    source = read_source(data, delimiter=delimiter, load=False, progress=False)
     learn = read_learner(learner)
-    dl = held_out_dl(learn, data, delimiter)
+    dl = held_out_dl(learn, source)
     with learn.no_bar(): calibrated,predictions = TemperatureScaling(learn).fit(dl),gather(learn, dl)
     write_learner(calibrated, out)
     return dict(temperature=torch.as_tensor(calibrated.temperature).tolist(), **figures_of(predictions, cross_fit(predictions)[0]))

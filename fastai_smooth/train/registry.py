@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
 
-# %% ../../nbs/80_train.registry.ipynb #0d9114e6
+# %% ../../nbs/80_train.registry.ipynb #3dd704d6
 POSITIVE = 'epochs bs size presize test_size lr length'.split()
 
 def checked(
@@ -89,7 +89,7 @@ class Recipe:
         rows = [f'  {k:{width}}  {v:{wide}}  {self.sources.get(k, "")}'.rstrip() for k, v in zip(self.settings, shown)]
         return '\n'.join([f'Recipe {self.name}: {self.purpose}', *rows])
 
-# %% ../../nbs/80_train.registry.ipynb #743faa43
+# %% ../../nbs/80_train.registry.ipynb #3370cdfe
 recipes = {} # names to recipes
 
 @dataclass(frozen=True)

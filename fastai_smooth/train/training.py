@@ -27,7 +27,7 @@ from .page import plot_both, write_training_report
 from .processes import Processes
 from .registry import recipe
 
-# %% ../../nbs/87_train.training.ipynb #6eae28b9
+# %% ../../nbs/87_train.training.ipynb #f263ab1e
 def _by_value(v):
     "Items without what differs from machine to machine"
     if isinstance(v, Path): return v.name,v.stat().st_size
@@ -42,7 +42,7 @@ def fingerprint_of(
     vocab = [str(v) for v in getattr(dls, 'vocab', ())]
     return joblib.hash([_by_value(dls.train_ds.items), _by_value(dls.valid_ds.items), vocab, weights and Path(weights).read_bytes()])
 
-# %% ../../nbs/87_train.training.ipynb #a2138887
+# %% ../../nbs/87_train.training.ipynb #ed2252c0
 def write_metrics(path, names, rows):
     "A row per epoch"
     write_text(path, pd.DataFrame(rows, columns=names).to_csv(index=False, lineterminator='\n'))
@@ -66,7 +66,7 @@ class EpochLog(Checkpoints):
         if len(each) != self.team.n: raise ValueError(f"{self.file} is of {len(each)} processes, but here are {self.team.n}: resume with as many.")
         return {**state, 'random': each[self.team.rank]}
 
-# %% ../../nbs/87_train.training.ipynb #7ab4868b
+# %% ../../nbs/87_train.training.ipynb #211ec97b
 class _Training:
     "A recipe, data and a folder, on one process or many"
     def __init__(self, name, data, out, resume, changes):
@@ -90,7 +90,8 @@ class _Training:
     def run(self):
         "Train, unless it is done already, and finish"
         self.team.each(self.read)
-        if self.team.rank: set_seed(self.settings.get('seed', 42)+self.team.rank, reproducible=True) # to draw and mix in its own way; the weights come from rank 0
+        if self.team.rank: # draws and mixes in its own way; the weights come from rank 0
+            set_seed(self.settings.get('seed', 42)+self.team.rank, reproducible=True)
         with ExitStack() as lock:
             summary = self.team.first(lambda: self.claim(lock))
             if summary is not None: return summary
@@ -122,7 +123,7 @@ class _Training:
         self.log.file.unlink(missing_ok=True)
         return summary
 
-# %% ../../nbs/87_train.training.ipynb #2fcfadbe
+# %% ../../nbs/87_train.training.ipynb #034a9768
 def train(
     name:str, # Of a recipe
     data=None, # Folder or file of the data. None: the recipe's own
