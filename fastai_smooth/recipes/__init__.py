@@ -1,15 +1,7 @@
-"Training recipes"
-from importlib import import_module
+"The names under which recipes, comparisons and networks were first published; they live in `train`, `compare` and `data`"
+from ..compare import METRICS, Comparison, mean_ci, method_callbacks, read_method, score, table, verdict
+from ..data import build_model, load_weights, network_for, small_convnet, small_segmenter
+from ..train import Recipe, calibrate, recipe, recipes, register, train
 
-from .models import CharacterModel, CharacterNet, build_model, load_weights, network_for, small_convnet, small_segmenter
-from .registry import Recipe, recipe, recipes, register
-
-__all__ = ['CharacterModel', 'CharacterNet', 'Recipe', 'build_model', 'load_weights', 'network_for', 'recipe', 'recipes', 'register', 'small_convnet',
-           'small_segmenter']
-
-_LATER = {**dict.fromkeys(('METRICS', 'Comparison', 'mean_ci', 'method_callbacks', 'read_method', 'score', 'table', 'verdict'), 'fastai_smooth.compare'),
-          **dict.fromkeys(('calibrate', 'train'), 'fastai_smooth.recipes.training')}
-
-def __getattr__(name): # these modules import `models` themselves
-    if name not in _LATER: raise AttributeError(name)
-    return getattr(import_module(_LATER[name]), name)
+__all__ = ['METRICS', 'Comparison', 'Recipe', 'build_model', 'calibrate', 'load_weights', 'mean_ci', 'method_callbacks', 'network_for', 'read_method', 'recipe',
+           'recipes', 'register', 'score', 'small_convnet', 'small_segmenter', 'table', 'train', 'verdict']
