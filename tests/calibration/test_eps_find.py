@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from calibration_oracles import same
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation, GradientClip
@@ -20,6 +21,7 @@ from torch import nn
 
 import fastai_smooth.calibration.eps_find as finder
 from fastai_smooth.callback import LabelSmoothing, OneOf
+from fastai_smooth.calibration import Predictions
 from fastai_smooth.data import digits_arrays
 from fastai_smooth.distributions import ClassPrior, Online, Teacher, Zipf
 from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
@@ -76,19 +78,22 @@ def check_against_separate(found, dist=None, n_epoch=2, **kwargs):
         np.testing.assert_allclose([row.nll, row.accuracy], [nll, accuracy], rtol=1e-5)
 
 
-@pytest.mark.parametrize('cbs', [[], [MixUp()], [CutMix(), MixUp()], [OneOf(MixUp(), CutMix())]], ids=['none', 'mixup', 'both', 'one of'])
-@pytest.mark.parametrize('frozen', [True, False])
+@pytest.mark.slow
+@pytest.mark.parametrize('frozen, cbs', [(True, []), (True, [CutMix(), MixUp()]), (True, [OneOf(MixUp(), CutMix())]), (False, [MixUp()])],
+                         ids=['none', 'both', 'one of', 'not frozen'])
 def test_figures_are_those_of_separate_trainings(frozen, cbs, capsys):
     found = make(frozen=frozen, cbs=cbs).eps_find(EPS, n_epoch=2, show_plot=False)
     assert 'on its own' not in capsys.readouterr().out
     check_against_separate(found, frozen=frozen, cbs=cbs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, frozen', [('multi', True), ('multi', False), ('mask', True)])
 def test_other_targets(kind, frozen):
     check_against_separate(make(kind, frozen).eps_find(EPS, n_epoch=2, show_plot=False), kind=kind, frozen=frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dist', [lambda: ClassPrior(range(1, 11)), lambda: Online(10), Zipf], ids=['prior', 'online', 'zipf'])
 def test_distributions(dist):
     "Those that learn get a training of their own, so that strengths don't learn from each other"
@@ -98,6 +103,7 @@ def test_distributions(dist):
     if isinstance(given, Online): assert torch.equal(given.matrix(10), torch.full((10, 10), .1)), "the given one has learned nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cb', [GradientClip(.1), GradientAccumulation(128)], ids=repr)
 def test_gradient_side_callbacks_fork_and_say_so(cb, capsys):
     found = make(cbs=[cb, MixUp()]).eps_find(EPS, n_epoch=2, show_plot=False)
@@ -113,6 +119,7 @@ def test_the_pass_is_shared(monkeypatch):
     assert calls == ([True]*5 + [False]*3)*2
 
 
+@pytest.mark.slow
 def test_norm_layers_of_the_body_keep_their_scale():
     "With fastai's train_bn=True, too: figures are those with False"
     found = make(train_bn=True).eps_find(EPS, n_epoch=2, show_plot=False)
@@ -159,16 +166,21 @@ def test_figures_after_temperature_are_cross_fitted(monkeypatch):
 
 
 def test_a_training_that_diverges_leaves_the_others(monkeypatch):
-    predictions = finder._Collect.predictions
-    count = []
+    all_rows, count = finder.Collect.all_rows, []
 
     def sometimes(self, order=None):
         count.append(1)
         if len(count) == 2: self.kept = [(z*torch.nan, *rest) for z, *rest in self.kept]
-        return predictions(self, order)
-    monkeypatch.setattr(finder._Collect, 'predictions', sometimes)
+        return all_rows(self, order)
+    monkeypatch.setattr(finder.Collect, 'all_rows', sometimes)
     table = make().eps_find(EPS, show_plot=False).table
     assert table.nll_ts.isna().tolist() == [False, True, False]
+
+
+def test_an_error_that_speaks_of_nan_is_an_error(monkeypatch):
+    def broken(*args): raise ValueError('the finance department says nan')
+    monkeypatch.setattr(Predictions, 'of_rows', broken)
+    with pytest.raises(ValueError, match='finance'): make().eps_find((0, .1), show_plot=False)
 
 
 # -- nothing is touched
@@ -200,13 +212,6 @@ def state(learn):
     return values
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict): return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    return a == b or a is b
-
-
 def check_same(before, after):
     different = [k for k in before.keys() | after.keys() if not same(before.get(k), after.get(k))]
     assert not different, different
@@ -223,10 +228,10 @@ class Stop(Callback):
             if Stop.seen == 4: raise self.error
 
 
-@pytest.mark.parametrize('frozen', [True, False])
-@pytest.mark.parametrize('cbs', [[], [MixUp(), Counts()], [LabelSmoothing(.2, ClassPrior(range(1, 11)))], [LabelSmoothing(.2, Online(10)), CutMix()]],
-                         ids=['none', 'mixup', 'smoothing', 'online'])
-@pytest.mark.parametrize('fitted', [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize('frozen, cbs, fitted', [(True, [], False), (False, [MixUp(), Counts()], True),
+                                                 (True, [LabelSmoothing(.2, ClassPrior(range(1, 11)))], True),
+                                                 (True, [LabelSmoothing(.2, Online(10)), CutMix()], False)], ids=['none', 'mixup', 'smoothing', 'online'])
 def test_nothing_is_touched(frozen, cbs, fitted):
     learn = make(frozen=frozen, cbs=cbs)
     with learn.no_logging():
@@ -236,18 +241,19 @@ def test_nothing_is_touched(frozen, cbs, fitted):
     check_same(before, state(learn))
 
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_batch', 'before_validate', 'after_epoch'])
-@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError('broken')], ids=['interrupt', 'error'])
-@pytest.mark.parametrize('frozen', [True, False])
+@pytest.mark.slow
+@pytest.mark.parametrize('frozen, error, event', [(True, KeyboardInterrupt(), 'before_batch'), (True, RuntimeError('broken'), 'after_epoch'),
+                                                  (False, RuntimeError('broken'), 'after_batch'), (False, KeyboardInterrupt(), 'before_validate')])
 def test_nothing_is_touched_by_an_interrupt(frozen, error, event):
     Stop.seen = 0
     learn = make(frozen=frozen, cbs=[MixUp()])
     learn.add_cb(Stop(event, error))
     before = state(learn)
-    with pytest.raises(type(error) if isinstance(error, Exception) else error): learn.eps_find(EPS, n_epoch=5, show_plot=False)
+    with pytest.raises(type(error)): learn.eps_find(EPS, n_epoch=5, show_plot=False)
     check_same(before, state(learn))
 
 
+@pytest.mark.slow
 def test_a_training_afterwards_is_the_one_it_would_have_been():
     weights = []
     for find in (False, True):
@@ -258,6 +264,7 @@ def test_a_training_afterwards_is_the_one_it_would_have_been():
     assert same(*weights)
 
 
+@pytest.mark.slow
 def test_cancelled_fits_and_attached_smoothing_stand_aside():
     class Cancel(Callback):
         def before_batch(self):

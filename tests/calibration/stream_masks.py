@@ -1,4 +1,4 @@
-"""Run by test_calibration.py: score N masks of 512x512 pixels, four classes, in a Learner, and print the growth of memory in MB and the figures
+"""Run by test_metrics.py: score N masks of 512x512 pixels, four classes, in a Learner, and print the growth of memory in MB and the figures
 
     python stream_masks.py N"""
 import resource
