@@ -38,14 +38,13 @@ from .page import write_report
 from .pictures import plot_reliability, png_of
 from .scores import METRICS, loss_of, predictions_of, score
 from .verdict import differences, mean_ci, verdict
-from ..data import NETWORKS, SOURCES, corrupt_labels, network_for, read_source, transition_matrix
+from ..data import NETWORKS, corrupt_labels, network_for, read_source, transition_matrix
 from ..run_folder import RunFolder, atomic, write_text
 
 # %% ../../nbs/76_compare.comparison.ipynb #d261de2b
 DEFAULT = ('ce', 'ls', 'mixup', 'mixup+ls')
-EPOCHS = {'digits': 12, 'mnist5k': 6, 'multi_digits': 12, 'digit_masks': 12, 'words': 6} # and 10 of anything else
+EPOCHS = {'digits': 12, 'mnist5k': 6, 'multi_digits': 12, 'digit_masks': 12, 'docstrings': 6} # and 10 of anything else
 LEARNING_RATES = {'images': 3e-3, 'masks': 1e-2, 'texts': 5e-3, 'table': 5e-3}
-UNITS = {'images': 'images', 'masks': 'images', 'texts': 'texts', 'table': 'rows'}
 
 def parse_pairs(
     text:str|None # Such as '4:9,9:4'
@@ -79,7 +78,7 @@ class Question:
     weights:str|None=None # File with a state dict to start from
     pretrained:bool=False # Whether to start from timm's weights, which are downloaded once
     bs:int=64 # Batch size
-    size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, or 128 for a folder
+    size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, of files at most 128
     valid_pct:float=.2 # Share of the validation set (where the data don't say which it is), half of which fits the temperature
     delimiter:str|None=None # Between several labels in a CSV
     jobs:int=1 # How many runs at a time, each in a process of its own with its share of the processors (to resume, take as many)
@@ -87,6 +86,8 @@ class Question:
     resume:bool=False # Go on with the run in `out`
     lr:float|None=None # Highest learning rate. None: what suits the data
     ignore:int|None=None # Number in mask files of pixels to be ignored
+    target:str|None=None # Column of the labels of a CSV. None: the one that is called `label`
+    skip_broken:bool=False # Leave out what cannot be read, rather than raise
     rows:list=field(default_factory=list, repr=False) # One dict per finished method and seed
 
     def __post_init__(self):
@@ -114,11 +115,11 @@ class Question:
 
     def _read(self):
         "Read the data, and choose what suits them where nobody has"
-        self.source = read_source(self.data, self.size, self.delimiter, self.ignore)
-        self.kind,self.several,self.unit = self.source.kind,self.source.several,UNITS[self.source.kind]
+        self.source = read_source(self.data, self.size, self.delimiter, self.ignore, self.target, self.skip_broken)
+        self.kind,self.several,self.unit = self.source.kind,self.source.several,self.source.unit
         self.labels,self.vocab,self.fingerprint = self.source.labels,self.source.vocab,self.source.fingerprint()
         if self.kind in ('texts', 'table') and self.size is not None: raise ValueError(f"size is for images, but {self.data} holds {self.unit}: leave it out.")
-        if self.size is None and self.kind in ('images', 'masks') and self.data not in set(SOURCES)-{'pets'}: self.size = 128
+        if self.size is None and getattr(self.source, 'files', None) is not None: self.size = self.source.images.shape[-1]
         if self.arch is None: self.arch = NETWORKS[self.kind]
         if self.epochs is None: self.epochs = EPOCHS.get(self.data, 10)
         if self.lr is None: self.lr = LEARNING_RATES[self.kind]
@@ -163,7 +164,7 @@ class Question:
 
     @property
     def config(self): # What decides the figures of a run
-        named = {k: getattr(self, k) for k in 'data delimiter ignore eps noise pairs epochs lr arch weights pretrained bs size valid_pct fingerprint'.split()}
+        named = {k: getattr(self, k) for k in 'data delimiter ignore target skip_broken eps noise pairs epochs lr arch weights pretrained bs size valid_pct fingerprint'.split()}
         return {**named, 'weights_digest': self.weights and joblib.hash(Path(self.weights).read_bytes()), 'threads': self.threads}
 
     @property
@@ -174,8 +175,8 @@ class Question:
         "The arguments that repeat this comparison"
         named = {k: v for k, v in self.config.items() if k not in ('data', 'fingerprint', 'weights_digest', 'threads')}
         options = {'methods': ','.join(self.methods), **named, 'seeds': self.seeds}
-        flags = ['--pretrained'] if options.pop('pretrained') else []
-        return [self.data, *(a for k, v in options.items() if v is not None for a in (f'--{k}', str(v))), *flags]
+        flags = [f"--{k.replace('_', '-')}" for k in ('pretrained', 'skip_broken') if options.pop(k)]
+        return [self.data, *(a for k, v in options.items() if v is not None for a in (f"--{k.replace('_', '-')}", str(v))), *flags]
 
 # %% ../../nbs/76_compare.comparison.ipynb #b2875a8c
 PIXELS = 100_000 # of a validation set of masks that are scored, drawn alike from every image
@@ -197,7 +198,7 @@ def pixels_of(learn, items, seed, shown):
                 if item in shown: masks[item] = z.argmax(0).numpy().astype(np.int16)
     return (*(np.concatenate(v) for v in (logits, labels, owners)),masks)
 
-# %% ../../nbs/76_compare.comparison.ipynb #e0e0c6ca
+# %% ../../nbs/76_compare.comparison.ipynb #e058893c
 @dataclass
 class Trainings(Question):
     "The trainings that answer the question"
@@ -239,7 +240,7 @@ class Trainings(Question):
         res = dict(logits=logits[scored], labels=labels[scored], fit_logits=logits[fit], fit_labels=labels[fit], items=items[scored], losses=losses)
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
-# %% ../../nbs/76_compare.comparison.ipynb #3eda6ffc
+# %% ../../nbs/76_compare.comparison.ipynb #975ac1c8
 KEPT = 'logits', 'labels', 'fit_logits', 'fit_labels', 'items', 'losses'
 
 class StoredPredictions(Mapping):
@@ -261,7 +262,7 @@ def _here(settings, threads, fingerprint):
 
 def _train_here(comparison, method, seed): return _here(*comparison).train(method, seed)
 
-# %% ../../nbs/76_compare.comparison.ipynb #2d79d99e
+# %% ../../nbs/76_compare.comparison.ipynb #576c568c
 @dataclass
 class Comparison(Trainings):
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"

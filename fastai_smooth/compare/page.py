@@ -20,7 +20,7 @@ from .pictures import (plot_confidence, plot_errors, plot_figures, plot_losses, 
                                             plot_strengths, plot_targets, picture)
 from .verdict import baselines, cell, signed
 
-# %% ../../nbs/75_compare.page.ipynb #1995ec9a
+# %% ../../nbs/75_compare.page.ipynb #dfb1e0c0
 HEADS = dict(accuracy='accuracy', nll='NLL', ece='ECE', brier='Brier', aurc='AURC', temperature='T', nll_ts='NLL, T', ece_ts='ECE, T', brier_ts='Brier, T')
 
 def pictures(made)->list: # Dicts with title, caption, alt and png
@@ -67,7 +67,7 @@ def sections(comparison, figures, reliability):
         ('Sure, and wrong', f'The wrong answers that {best} is surest about, over all seeds: the label, the answer, its confidence. Look for wrong labels.',
          'Examples with the most confident wrong answers', plot_errors(comparison))]
 
-# %% ../../nbs/75_compare.page.ipynb #cb6ebb4e
+# %% ../../nbs/75_compare.page.ipynb #7ae01255
 def write_report(
     comparison, # A `Comparison` that has run
     summary:dict, # What it returned

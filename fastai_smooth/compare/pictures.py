@@ -23,7 +23,7 @@ from .methods import parse_method
 from .scores import predictions_of
 from ..targets import smooth_binary, smooth_labels
 
-# %% ../../nbs/74_compare.pictures.ipynb #64cd0d32
+# %% ../../nbs/74_compare.pictures.ipynb #0d34c056
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#000000', '#E69F00', '#56B4E9'
 STYLES = [dict(color=color, ls=ls, marker=marker) for ls, marker in (('-', 'o'), ('--', 's'), (':', '^')) for color in COLOURS]
 
@@ -101,7 +101,7 @@ def plot_risk(comparison)->Figure:
     ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #96f8b46d
+# %% ../../nbs/74_compare.pictures.ipynb #1d58773a
 def plot_figures(comparison, figures)->Figure:
     "Accuracy, and NLL and ECE before and after temperature, with intervals, a row per method"
     fig = Figure(figsize=(10, 1.3+.35*len(comparison.methods)), layout='constrained')
@@ -161,7 +161,7 @@ def plot_losses(comparison)->Figure:
     ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #a2b0065d
+# %% ../../nbs/74_compare.pictures.ipynb #e33b4910
 def show_image(ax, image):
     "Draw an image (H, W), (1, H, W) or (3, H, W)"
     image = np.asarray(image, dtype=np.float64)
@@ -188,7 +188,7 @@ def show_target(ax, q, vocab):
     ax.set(xlim=(0, 1), ylim=(len(top)-.5, -.5))
     ax.tick_params(axis='x', labelsize=6)
 
-# %% ../../nbs/74_compare.pictures.ipynb #a1dda2ff
+# %% ../../nbs/74_compare.pictures.ipynb #283f7017
 class _Batch(Callback):
     "Keeps the first batch as the data loader made it, and, if it comes last, stops"
     def __init__(self, order): self.order = order
@@ -217,14 +217,14 @@ def plot_targets(comparison, n=5)->Figure|None:
         if kind in ('images', 'masks'):
             show_image(column[0], first)
             show_image(column[1], seen)
-        elif kind == 'texts': show_text(column[0], ''.join(learn.dls.characters[c-2] if c > 1 else '?' for c in first.tolist() if c))
+        elif kind == 'texts': show_text(column[0], ' '.join(w for w in (learn.dls.vocab[0][c] for c in first.tolist()) if not w.startswith('xx')))
         if kind == 'masks': show_mask(column[-1], np.where(target.sum(0) > 0, target.argmax(0), -1), len(vocab), target.max(0).clip(.05, 1))
         else: show_target(column[-1], target, vocab)
     for ax, name in zip(axs[:,0], rows): ax.set_title(name, loc='left', fontsize=9)
     fig.suptitle(f'one batch of {method.name}', fontsize=10)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #13129a46
+# %% ../../nbs/74_compare.pictures.ipynb #af8b6cab
 def plot_masks(comparison)->Figure|None:
     "Images, their masks, and what the best method makes of them"
     if comparison.kind != 'masks': return None

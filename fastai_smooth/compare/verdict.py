@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.verdict.html.md"""
 # %% auto #0
 __all__ = ['mean_ci', 'baselines', 'differences', 'verdict', 'table']
 
-# %% ../../nbs/73_compare.verdict.ipynb #2fb95b2e
+# %% ../../nbs/73_compare.verdict.ipynb #91814448
 import math
 
 import numpy as np
@@ -54,7 +54,7 @@ def signed(d, digits=3):
     "A difference and its interval in words"
     return f"{d['mean']:+.{digits}f}" + ('' if d['ci95'] is None else f" ± {d['ci95']:.{digits}f}")
 
-# %% ../../nbs/73_compare.verdict.ipynb #70e38f66
+# %% ../../nbs/73_compare.verdict.ipynb #7df206ed
 def apart(figures, differences, m, base, k):
     "-1, 0 or 1: whether a method is below or above the one it is compared with, for sure"
     if differences is None: gap,ci = figures[m][k]['mean']-figures[base][k]['mean'],figures[m][k]['ci95']+figures[base][k]['ci95']

@@ -16,8 +16,8 @@ from scipy import stats
 from test_folders import write_digits
 
 from fastai_smooth.cli import main
-from fastai_smooth.recipes import Comparison, method_callbacks, verdict
-from fastai_smooth.recipes.methods import with_each
+from fastai_smooth.compare import Comparison, method_callbacks, verdict
+from fastai_smooth.compare import each_method
 from fastai_smooth.sources import csv_data, pets_data, read_source
 
 FAST = ['--epochs', '1', '--seeds', '2']
@@ -97,9 +97,9 @@ def test_what_several_labels_do_not_have(args, words, tmp_path, capsys):
 # -- strengths
 
 def test_strengths():
-    each = with_each(('ce', 'ls', 'mixup', 'mixup+ls', 'ols@.5'), [.1, .3], [0.])
+    each = tuple(m.name for m in each_method(('ce', 'ls', 'mixup', 'mixup+ls', 'ols@.5'), [.1, .3], [0.]))
     assert each == ('ce', 'ls@0.1', 'ls@0.3', 'mixup', 'mixup+ls@0.1', 'mixup+ls@0.3', 'ols@.5')
-    assert with_each(('ce', 'ls'), [.1], [0.]) == ('ce', 'ls')
+    assert tuple(m.name for m in each_method(('ce', 'ls'), [.1], [0.])) == ('ce', 'ls')
     assert [cb.eps for cb in method_callbacks('mixup+ls@.3') if hasattr(cb, 'eps')] == [.3] and method_callbacks('ls', .2)[0].eps == .2
     for bad in ('ls@', 'ls@x', 'ls@2'):
         with pytest.raises(ValueError, match=r'ls@'): method_callbacks(bad)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_folders import write_digits
 
-from fastai_smooth.recipes import Comparison
-from fastai_smooth.recipes import report as pages
+from fastai_smooth.compare import Comparison
+from fastai_smooth.compare import pictures as pages
 
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 SECTIONS = ['Figures', 'At a glance', 'By strength', 'Reliability', 'Confidence', 'Which answers to doubt', 'Training', 'What the loss sees',
