@@ -20,8 +20,8 @@ from fastai.vision.data import MaskBlock
 from fasttransform import DisplayedTransform
 from PIL import Image
 
-from .files import LabelledData, pets_source, read_source
-from .images import open_image
+from .files import LabelledData, image_data, read_source
+from .images import open_image, pets_files
 from .loaders import line_dls, random_split
 from .masks import class_numbers, lines_of
 
@@ -53,7 +53,7 @@ def finished(dls, data:LabelledData, split, s):
 def block_dls(data, s, y_block, targets, get_y, item_tfms, batch_tfms, dl_type=None):
     "DataLoaders of images, from their files or from memory, and their targets"
     split = data.splits(s['valid_pct'], s['seed'])
-    inputs = data.files if data.files is not None else [x if x.ndim == 2 else x.transpose(1, 2, 0) for x in data.images]
+    inputs = data.files if data.files is not None else [Image.fromarray(x if x.ndim == 2 else x.transpose(1, 2, 0)) for x in data.images]
     block = DataBlock((FileBlock, y_block), get_x=first_of, get_y=get_y, splitter=IndexSplitter([int(i) for i in split[1]]),
                       item_tfms=item_tfms, batch_tfms=list(batch_tfms))
     dls = block.dataloaders([list(pair) for pair in zip(inputs, targets)], bs=s['bs'], num_workers=s.get('num_workers', 0),
@@ -86,7 +86,7 @@ def pets_dls(
     s:dict, # Settings of a recipe: presize, size, valid_pct, seed, bs, num_workers
 )->DataLoaders:
     "fastai's pets, as its first lesson reads them"
-    return labelled_dls(pets_source(path).checked(), s, Resize(s['presize']), aug_transforms(size=s['size']))
+    return labelled_dls(image_data('pets', *pets_files(path)).checked(), s, Resize(s['presize']), aug_transforms(size=s['size']))
 
 # %% ../../nbs/56_data.blocks.ipynb #6676a6a3
 class IgnoreNumber(DisplayedTransform):
@@ -101,9 +101,8 @@ class MaskNumbers:
     "The numbers in a mask, from a file or from memory, as 8 bits: fastai's own reader takes the colours of a palette for them"
     def __init__(self, as_one): self.as_one = as_one
     def __call__(self, item):
-        if isinstance(item[1], np.ndarray): mask = np.where(item[1] < 0, 255, item[1])
-        else:
-            with Image.open(item[1]) as image: mask = np.asarray(class_numbers(image))
+        if isinstance(item[1], Image.Image): return np.asarray(item[1])
+        with Image.open(item[1]) as image: mask = np.asarray(class_numbers(image))
         return (mask if self.as_one is None else np.where(mask == self.as_one, 1, mask)).astype(np.uint8)
 
 # %% ../../nbs/56_data.blocks.ipynb #c44ff7dd
@@ -113,8 +112,8 @@ def mask_dls(
 )->DataLoaders:
     "Images and masks. A mask value without a name: ValueError that names the file"
     data = source_of(path, s, 'masks')
-    ignore = data.ignore if data.masks is not None else 255
-    dls = block_dls(data, s, MaskBlock(data.vocab), data.labels if data.masks is None else data.masks, MaskNumbers(data.as_one), Resize(s['size']),
+    ignore,masks = (data.ignore, data.masks) if data.masks is not None else (255, [Image.fromarray(np.where(m < 0, 255, m).astype(np.uint8)) for m in data.labels])
+    dls = block_dls(data, s, MaskBlock(data.vocab), masks, MaskNumbers(data.as_one), Resize(s['size']),
                     [] if ignore is None else [IgnoreNumber(ignore)])
     dls.vocab = data.vocab
     return dls

