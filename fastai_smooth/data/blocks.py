@@ -112,7 +112,8 @@ def mask_dls(
 )->DataLoaders:
     "Images and masks. A mask value without a name: ValueError that names the file"
     data = source_of(path, s, 'masks')
-    ignore,masks = (data.ignore, data.masks) if data.masks is not None else (255, [Image.fromarray(np.where(m < 0, 255, m).astype(np.uint8)) for m in data.labels])
+    ignore,masks = data.ignore,data.masks
+    if masks is None: ignore,masks = 255,[Image.fromarray(np.where(m < 0, 255, m).astype(np.uint8)) for m in data.labels]
     dls = block_dls(data, s, MaskBlock(data.vocab), masks, MaskNumbers(data.as_one), Resize(s['size']),
                     [] if ignore is None else [IgnoreNumber(ignore)])
     dls.vocab = data.vocab
@@ -138,9 +139,7 @@ def lines_dls(
     except OSError as e: raise ValueError(f"Cannot read {path} as a file with a text per line ({type(e).__name__}: {e}).") from None
     if texts is None: raise ValueError(f"There is no file {path}: pass one with a text per line.")
     if len(texts) < 2: raise ValueError(f"{path} has {len(texts)} lines with text: a language model needs more.")
-    dls = line_dls(texts, random_split(len(texts), s['valid_pct'], s['seed']), s['bs'], s.get('length', 256))
-    if not len(dls.train): raise ValueError(f"{path} has too few words for a batch of {s['bs']} rows of 72: use a smaller bs.")
-    return dls
+    return line_dls(texts, random_split(len(texts), s['valid_pct'], s['seed']), s['bs'], s.get('length', 256))
 
 def table_csv_dls(
     path, # CSV file with a column of classes, or one of `SOURCES`

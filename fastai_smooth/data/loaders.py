@@ -193,7 +193,9 @@ def line_dls(
 )->DataLoaders: # Batches of token numbers (bs, seq_len), and of the same moved on by one
     "Texts in memory as fastai's language models read them: one after the other, what comes next?"
     splits,tokenizer = numbers_of(splits),CachedTokenizer(length)
-    words = text_vocab(tokenizer.cut([texts[i] for i in splits[0]]))
+    tokens = tokenizer.cut([texts[i] for i in splits[0]])
+    n,words = sum(map(len, tokens)),text_vocab(tokens)
+    if n < 2*bs: raise ValueError(f"{len(tokens)} texts have {n} tokens, less than {bs} rows of two: use a smaller bs.")
     return Datasets(texts, [[tokenizer, Numericalize(words)]], splits=splits, dl_type=LMDataLoader).dataloaders(bs=bs, num_workers=0, seq_len=seq_len)
 
 # %% ../../nbs/50_data.loaders.ipynb #ea59128c

@@ -45,8 +45,10 @@ def test_folders_and_tables_of_one_reader(tmp_path):
     with pytest.raises(ValueError, match="--delimiter ' '"): image_dls(tmp_path/'l.csv', SETTINGS, Resize(16))
 
 
-@pytest.mark.parametrize('make, name', [(lambda p, s: image_dls(p, s, Resize(8)), 'digits'), (lambda p, s: image_dls(p, s, Resize(16)), 'multi_digits'),
-                                        (texts_dls, 'docstrings'), (table_csv_dls, 'wine')])
+def images8(path, s): return image_dls(path, s, Resize(8))
+
+
+@pytest.mark.parametrize('make, name', [(images8, 'digits'), (images8, 'multi_digits'), (texts_dls, 'docstrings'), (table_csv_dls, 'wine')])
 def test_a_training_takes_embedded_data(make, name):
     data, dls = read_source(name), make(name, SETTINGS)
     train, valid = data.splits(.2, 42)
@@ -56,7 +58,7 @@ def test_a_training_takes_embedded_data(make, name):
 
 
 @pytest.mark.parametrize('make, path, words', [
-    (lambda p, s: image_dls(p, s, Resize(8)), None, 'no data of its own: pass a folder'), (lambda p, s: image_dls(p, s, Resize(8)), 'wine', 'for images, but wine holds rows'),
+    (images8, None, 'no data of its own: pass a folder'), (images8, 'wine', 'for images, but wine holds rows'),
     (mask_dls, 'digits', 'for masks, but digits holds images: pass a folder of images, labels and codes.txt'), (texts_dls, None, 'pass a CSV'),
     (table_csv_dls, 'docstrings', 'for table, but docstrings holds texts'), (texts_dls, 'nowhere.csv', 'Unknown data set')])
 def test_data_of_another_kind(make, path, words):
@@ -65,7 +67,7 @@ def test_data_of_another_kind(make, path, words):
 
 def test_less_than_a_batch(tmp_path):
     write_digits(tmp_path, 20, nested=False)
-    with pytest.raises(ValueError, match='16 training examples, less than a batch of 64'), pytest.warns(UserWarning): image_dls(tmp_path, dict(SETTINGS, bs=64), Resize(8))
+    with pytest.raises(ValueError, match='16 training examples, less than a batch of 64'), pytest.warns(UserWarning): images8(tmp_path, dict(SETTINGS, bs=64))
 
 
 def test_lines(tmp_path):

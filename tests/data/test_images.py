@@ -121,7 +121,8 @@ def test_what_is_left_of_a_split(tmp_path):
     files = image_files(tmp_path)
     for i in (0, 5, 9): files[i].write_bytes(b'')
     data = read_source(tmp_path, skip_broken=True, progress=False)
-    assert [[data.files[i] for i in s] for s in data.split] == [[f for j, f in enumerate(files) if j in part and j not in (0, 5, 9)] for part in (range(8), range(8, 16))]
+    expected = [[f for j, f in enumerate(files) if j in part and j not in (0, 5, 9)] for part in (range(8), range(8, 16))]
+    assert [[data.files[i] for i in s] for s in data.split] == expected
     for f in files[:4]: f.write_bytes(b'')
     with pytest.raises(ValueError, match="no training images of the class 'a'"): read_source(tmp_path, skip_broken=True, progress=False)
 

@@ -54,7 +54,8 @@ def test_images_stay_with_their_targets():
     "Images that are their own number, as a class, as labels and as a mask, also resized"
     x = np.arange(12, dtype=np.uint8)[:, None, None]*np.ones((12, 8, 8), np.uint8)*20
     hot = (np.arange(12)[:, None] >> np.arange(4)) & 1
-    for labels, number in ((np.arange(12), lambda y: y), (hot.astype(bool), lambda y: (y*2**torch.arange(4)).sum(1)), (x.astype(np.int64)//20, lambda y: y[:, 0, 0])):
+    masks = x.astype(np.int64)//20
+    for labels, number in ((np.arange(12), lambda y: y), (hot.astype(bool), lambda y: (y*2**torch.arange(4)).sum(1)), (masks, lambda y: y[:, 0, 0])):
         dls = array_dls(x, labels, [str(i) for i in range(12 if labels.ndim != 2 else 4)], (range(8), range(8, 12)), bs=4, size=16)
         for dl, owned in zip(dls.loaders, (set(range(8)), set(range(8, 12)))):
             seen = set()

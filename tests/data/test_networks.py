@@ -33,8 +33,9 @@ def test_weights_from_files(tmp_path):
 
 
 @pytest.mark.parametrize('kind, arch, n, shape, out', [
-    ('images', 'convnet', 3, (2, 3, 16, 16), (2, 4)), ('images', 'resnet10t', 1, (2, 1, 32, 32), (2, 4)), ('masks', 'segmenter', 1, (2, 1, 8, 12), (2, 4, 8, 12)),
-    ('masks', 'resnet18', 3, (2, 3, 64, 64), (2, 4, 64, 64)), ('texts', 'small_awd_lstm', 50, (2, 9), (2, 4)), ('table', 'layers', 5, (2, 5), (2, 4))])
+    ('images', 'convnet', 3, (2, 3, 16, 16), (2, 4)), ('images', 'resnet10t', 1, (2, 1, 32, 32), (2, 4)),
+    ('masks', 'segmenter', 1, (2, 1, 8, 12), (2, 4, 8, 12)), ('masks', 'resnet18', 3, (2, 3, 64, 64), (2, 4, 64, 64)),
+    ('texts', 'small_awd_lstm', 50, (2, 9), (2, 4)), ('table', 'layers', 5, (2, 5), (2, 4))])
 def test_every_kind_has_its_networks(kind, arch, n, shape, out):
     model = network_for(kind, arch, n, 4, size=shape[2:]).eval()
     x = (torch.randint(2, 50, shape),) if kind == 'texts' else (torch.zeros(2, 0).long(), torch.rand(shape)) if kind == 'table' else (torch.rand(shape),)
