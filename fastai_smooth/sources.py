@@ -30,7 +30,8 @@ from fastprogress import progress_bar
 from PIL import Image, ImageOps
 
 from .data import (EMBEDDED, TABLES, array_dls, digit_masks_arrays, multi_digits_arrays, random_split, stratified_split, table_arrays,
-                                table_dls, text_dls, words_arrays)
+                                table_dls)
+from .data._words import text_dls, words_arrays
 
 # %% ../nbs/07a_sources.ipynb #24bcb792
 @dataclass

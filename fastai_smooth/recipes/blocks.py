@@ -25,7 +25,8 @@ from fastprogress import progress_bar
 from fasttransform import DisplayedTransform
 from PIL import Image
 
-from ..data import random_split, stratified_split, text_dls
+from ..data import random_split, stratified_split
+from ..data._words import text_dls
 from ..sources import check_codes, check_trained, class_numbers, csv_files, downloading, folder_files, mask_files, read_csv
 
 # %% ../../nbs/08h_blocks.ipynb #02deab0a
