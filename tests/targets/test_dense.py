@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastai_smooth.distributions import ClassPrior, Similarity, Uniform
-from fastai_smooth.targets import (MixedTarget, check_axis, check_choice, convert_eps, dense_target, label_error, per_class, shape_error, smooth_labels,
-                                   to_dense, uniform_eps)
+from fastai_smooth.targets import (MixedTarget, check_axis, check_choice, check_not_nan, convert_eps, dense_target, label_error, per_class, shape_error,
+                                   smooth_labels, to_dense, uniform_eps)
 
 CONVENTIONS = ['uniform', 'others', 'classy']
 DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -239,3 +239,27 @@ def test_dense_target_takes_shape_and_dtype_of_the_predictions():
     q = dense_target(y, z, 1, -100)
     assert q.dtype is torch.float64 and torch.equal(q, dense_target(y[:, None], z, 1, -100)) and torch.equal(q, dense_target(q.float(), z, 1, -100))
     with pytest.raises(ValueError, match=r'\(2, 3, 4\).*\(1, 3, 4\)'): dense_target(y[:1], z, 1, -100)
+
+
+def test_labels_that_cannot_be_read_make_their_rows_nan():
+    "Inside a transform as on a GPU: no error that ends the process, and nothing that is silently wrong"
+    y = torch.tensor([[0, 1, -100], [2, 7, -1]])
+    for q in (torch.func.vmap(lambda row: to_dense(row, 3, axis=0))(y), torch.compile(lambda y: to_dense(y, 3), backend='eager')(y)):
+        assert q.isnan().any(1).tolist() == [[False, False, False], [False, True, True]]
+        assert torch.equal(q[0], to_dense(y[:1], 3)[0])
+
+
+def test_nan_stays_nan_and_the_example_is_named():
+    q = torch.rand(3, 4, 2)
+    check_not_nan(q), check_not_nan(q[:0])
+    q[1, 2, 1] = math.nan
+    for convention in CONVENTIONS: assert torch.equal(smooth_labels(q, .2, convention=convention).isnan().any(1), q.isnan().any(1))
+    with pytest.raises(ValueError, match=r'\(3, 4, 2\) holds nan for the example 1'): check_not_nan(q)
+    with pytest.raises(ValueError, match='for the example 1'): check_not_nan(q.movedim(1, -1), -1)
+
+
+def test_no_value_is_read_on_a_device_that_would_have_to_stop():
+    y = torch.empty(2, 3, dtype=torch.long, device='meta') # has no values to read
+    q = to_dense(y, 4)
+    assert smooth_labels(q, .1).shape == dense_target(y, torch.empty(2, 4, 3, device='meta'), 1, -100).shape == (2, 4, 3)
+    check_not_nan(q)
