@@ -32,7 +32,7 @@ _all_ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'C
          'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss',
          'digits', 'digit_masks', 'embedded_table', 'mnist5k', 'multi_digits', 'words',
          'ClassPrior', 'Distribution', 'Online', 'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf',
-         'smooth_binary_cross_entropy', 'smooth_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
-         'CombinedLoss', 'EachClass', 'MultiTargetLoss',
+         'smooth_binary_cross_entropy', 'smooth_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat',
+         'LabelSmoothingNLL', 'CombinedLoss', 'EachClass', 'MultiTargetLoss',
          'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
          'corrupt_labels', 'Comparison', 'Recipe', 'recipe', 'recipes', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']

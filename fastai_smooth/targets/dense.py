@@ -17,7 +17,9 @@ from torch import Tensor, nn
 # %% ../../nbs/00_targets.dense.ipynb #dedad9f1
 def base_tensor(x):
     "`x` without its tensor subclass: fastai's `TensorCategory`, `TensorMask` and the like dispatch slowly"
-    return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
+    if not isinstance(x, Tensor) or type(x) is Tensor: return x
+    # the tensors of torch.export, fake and distributed ones compute by a dispatch of their own, and are nothing without it
+    return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else x
 
 def is_index(
     y:Tensor # Any tensor

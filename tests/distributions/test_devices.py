@@ -111,3 +111,35 @@ def test_vmap_over_logits_or_targets(dist):
     loop = torch.stack([dist(a, logits=b) for a, b in zip(q, z)])
     torch.testing.assert_close(torch.func.vmap(lambda a, b: dist(a, logits=b))(q, z), loop)
     torch.testing.assert_close(torch.func.vmap(lambda b: dist(q[0], logits=b))(z), torch.stack([dist(q[0], logits=b) for b in z]))
+
+
+class Smoothed(nn.Module):
+    "What is compiled or exported: labels, logits and inputs to smoothed targets"
+    def __init__(self, dist):
+        super().__init__()
+        self.dist = dist
+
+    def forward(self, y, z, x):
+        q = to_dense(y, K)
+        return .9*q + .1*self.dist(q, logits=z, inputs=x)
+
+
+@pytest.mark.parametrize('dist', [*everyone(), Spatial()], ids=lambda d: type(d).__name__)
+def test_compile_without_a_break_and_export(dist):
+    y, z, x = torch.tensor([0, 1, 3, -100, 2]), torch.randn(5, K), torch.randn(5, 3)
+    if isinstance(dist, Spatial): y, z, x = torch.randint(0, K, (2, 5, 6)), torch.randn(2, K, 5, 6), torch.randn(2, K, 5, 6)
+    torch.compiler.reset()
+    model = Smoothed(dist)
+    expected = model(y, z, x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(y, z, x), expected)
+    torch.testing.assert_close(torch.export.export(model, (y, z, x)).module()(y, z, x), expected)
+
+
+def test_online_learns_the_same_where_no_rows_can_be_picked_out():
+    z, y = 3*torch.randn(6, 40, K), torch.randint(-1, K, (6, 40))
+    z[0, 0, 0], z[0, 1, 1] = torch.nan, torch.inf
+    y[0, :2] = torch.tensor([0, 1])
+    a, b = Online(K), Online(K)
+    a.update(z, y, axis=-1)
+    torch.compile(lambda z, y: b.update(z, y, axis=-1), backend='eager', fullgraph=True)(z, y) # where nothing is readable
+    assert a.counts.sum() and torch.equal(a.counts, b.counts) and torch.equal(a.sums, b.sums)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_smooth.distributions import ClassPrior, Similarity, Uniform
-from fastai_smooth.targets import (MixedTarget, check_axis, check_choice, check_not_nan, convert_eps, dense_target, label_error, per_class, shape_error,
-                                   smooth_labels, to_dense, uniform_eps)
+from fastai_smooth.distributions import ClassPrior, Similarity, Taxonomy, Uniform
+from fastai_smooth.targets import (MixedTarget, base_tensor, check_axis, check_choice, check_not_nan, convert_eps, dense_target, label_error, per_class,
+                                   shape_error, smooth_binary, smooth_labels, to_dense, uniform_eps)
 
 CONVENTIONS = ['uniform', 'others', 'classy']
 DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -34,9 +34,11 @@ def dense_targets(draw, min_classes=2):
 @st.composite
 def fixed_distributions(draw, n_classes):
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    kind = draw(st.sampled_from(['uniform', 'prior', 'similarity']))
+    kind = draw(st.sampled_from(['uniform', 'prior', 'similarity', 'taxonomy', 'sum']))
     if kind == 'uniform': return Uniform()
     if kind == 'prior': return ClassPrior(torch.rand(n_classes, generator=g)+.01)
+    if kind == 'taxonomy': return Taxonomy([f'{torch.randint(0, 3, (), generator=g)}/{k}' for k in range(n_classes)], 3.)
+    if kind == 'sum': return .25*Uniform() + .75*draw(fixed_distributions(n_classes))
     m = torch.rand(n_classes, n_classes, generator=g)
     return Similarity(m/m.sum(1, keepdim=True))
 
@@ -263,3 +265,19 @@ def test_no_value_is_read_on_a_device_that_would_have_to_stop():
     q = to_dense(y, 4)
     assert smooth_labels(q, .1).shape == dense_target(y, torch.empty(2, 4, 3, device='meta'), 1, -100).shape == (2, 4, 3)
     check_not_nan(q)
+
+
+def test_fastais_tensors_become_plain_ones():
+    from fastai.torch_core import TensorBase, TensorCategory
+    y = TensorCategory(torch.tensor([0, 2]))
+    assert type(base_tensor(y)) is torch.Tensor and type(smooth_labels(y, .1, 3)) is torch.Tensor and base_tensor('x') == 'x'
+    assert type(smooth_labels(TensorBase(torch.rand(2, 3)), .1)) is torch.Tensor and base_tensor(y).data_ptr() == y.data_ptr()
+
+
+def test_targets_can_be_exported():
+    "torch.export traces with a tensor subclass that computes by itself: it must not be taken off"
+    class Model(torch.nn.Module):
+        def forward(self, y, q): return smooth_labels(y, .1, 4), smooth_labels(q, .2, convention='others'), smooth_binary(q, .1)
+    y, q = torch.tensor([0, 3, -100]), torch.rand(3, 4)
+    for strict in (False, True):
+        for a, b in zip(torch.export.export(Model(), (y, q), strict=strict).module()(y, q), Model()(y, q)): close(a, b)
