@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..targets import (base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, is_index, is_mixed, is_readable,
-                                   label_error, per_class, shape_error)
+from ..targets import (base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, check_labels, is_index, is_mixed, is_readable,
+                                   per_class, shape_error)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #3c3cd939
 def check_several_classes(
@@ -70,18 +70,16 @@ def kept_entries(
     ignore_index:int|None, # Index without mass
     dtype:torch.dtype, # Of the coefficients
 )->tuple: # Classes in [0, K), and coefficients, 0 for an ignored label; None for 1 each
-    "Entries that can be looked up. A label outside the classes: ValueError, where values can be read"
-    if index.numel() and is_readable(index):
+    "Entries that can be looked up. A label outside the classes: ValueError, or a coefficient of nan where values cannot be read"
+    readable = is_readable(index)
+    if readable and index.numel():
         low, high = index.aminmax()
         low, high = low.item(), high.item()
-        if low < 0 or high >= n_classes:
-            bad = (index < 0) | (index >= n_classes)
-            if ignore_index is not None: bad &= index != ignore_index
-            if bad.any(): raise label_error(index, n_classes, ignore_index)
-        if ignore_index is not None and not low <= ignore_index <= high: ignore_index = None # no label is ignored
-    if ignore_index is None: return index, coefficient
-    kept = index != ignore_index
-    return index*kept, kept.to(dtype) if coefficient is None else coefficient*kept
+        if 0 <= low and high < n_classes and (ignore_index is None or not low <= ignore_index <= high): return index, coefficient
+    kept = torch.ones_like(index, dtype=torch.bool) if ignore_index is None else index != ignore_index
+    index, coefficient = index*kept, kept.to(dtype) if coefficient is None else coefficient*kept
+    inside = check_labels(index, n_classes, ignore_index)
+    return (index, coefficient) if inside is None else (index*inside, coefficient.masked_fill(~inside, torch.nan))
 
 # %% ../../nbs/20_kernels.formulas.ipynb #d4b81c57
 REDUCTIONS = 'mean', 'sum', 'none'
@@ -113,7 +111,7 @@ def times(
     "What the target does not ask for costs nothing, not even when its logit is -inf or nan"
     return coefficient*surprise.masked_fill((coefficient == 0) & ~surprise.isfinite(), 0)
 
-# %% ../../nbs/20_kernels.formulas.ipynb #5a8445af
+# %% ../../nbs/20_kernels.formulas.ipynb #1983b2ef
 def check_class_weight(
     weight:Tensor|None, # Weights of classes, or of entries
     name:str='weight', # How the message calls it

@@ -18,7 +18,7 @@ from .binary import LabelSmoothingBCE
 from .overlap import LabelSmoothingDice
 from .settings import loss_settings
 from .softmax import SmoothingLoss
-from ..targets import base_tensor, check_axis, check_choice, dense_target, is_mixed
+from ..targets import base_tensor, check_axis, check_choice, dense_target, is_mixed, is_readable
 
 # %% ../../nbs/34_losses.combined.ipynb #d27534a0
 def set_reductions(
@@ -263,7 +263,7 @@ class EachClass(nn.Module):
             self.loss.reduction = 'none'
             for k in range(q.shape[axis]):
                 share = q.select(axis, k)
-                if k == self.ignore_index or not share.any(): continue
+                if k == self.ignore_index or (is_readable(share) and not share.any()): continue # a GPU is not asked whether a class is there
                 each = self.loss(pred, torch.full(share.shape, k, device=q.device))
                 if each.numel() != share.numel():
                     raise ValueError(f"With reduction='none' {self.loss!r} gave the shape {tuple(each.shape)} for targets of shape {tuple(share.shape)}.")
