@@ -7,6 +7,8 @@ from .formulas import (
     smooth_binary_cross_entropy_reference,
     smooth_cross_entropy_reference,
 )
+from .heads import smooth_linear_cross_entropy
 from .paths import binary_cross_entropy, cross_entropy, smooth_binary_cross_entropy, smooth_cross_entropy
 
-__all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy', 'smooth_cross_entropy_reference', 'smooth_binary_cross_entropy_reference']
+__all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy', 'smooth_linear_cross_entropy', 'smooth_cross_entropy_reference',
+           'smooth_binary_cross_entropy_reference']
