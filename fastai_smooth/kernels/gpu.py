@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.gpu.html.md"""
 # %% auto #0
 __all__ = ['REPORTS', 'LabelReport', 'report_of', 'check_labels']
 
-# %% ../../nbs/22_kernels.gpu.ipynb #af89f51f
+# %% ../../nbs/22_kernels.gpu.ipynb #0b2046c6
 import importlib.util
 import math
 import warnings
@@ -21,7 +21,7 @@ from torch import Tensor
 from .formulas import REDUCTIONS, cross_entropy_of_log_probs, in_single_precision, in_transform
 from ..targets import MixedTarget, base_tensor, is_mixed, label_error
 
-# %% ../../nbs/22_kernels.gpu.ipynb #88c86300
+# %% ../../nbs/22_kernels.gpu.ipynb #cb8d8222
 def collapse(
     sizes, # Sizes of neighbouring dimensions
     strides, # Their strides in memory
@@ -61,11 +61,12 @@ def view_of(
         views = [view_strides(shape, t, axis, split) if t is not None else (0, 0, 0) for t in (z, y, c)]
         if None in views: continue
         _, k, b = views[0]
-        n_inner = math.prod(n for d, n in enumerate(shape) if d >= split and d != axis)
+        n_inner = math.prod([n for d, n in enumerate(shape) if d >= split and d != axis])
         class_axis = 1 if n_inner == 1 or k <= b else 0
         return View(split, n_inner, (*views[0], *views[1], *views[2]), class_axis, shape[axis] <= (SINGLE_ROWS if class_axis else SINGLE_TILES))
 
-# %% ../../nbs/22_kernels.gpu.ipynb #6d268712
+# %% ../../nbs/22_kernels.gpu.ipynb #9bfb2723
+cached_view, cached_strides = lru_cache(1024)(view_of), lru_cache(1024)(view_strides)
 Plan = namedtuple('Plan', 'view n_blocks programs n_positions m options')
 
 @lru_cache(1024)
@@ -96,7 +97,7 @@ def plan_for(logits:Tensor, y:Tensor, coefficient:Tensor|None, axis:int)->Plan|N
     return plan_of(logits.shape, logits.stride(), y.stride(), None if coefficient is None else coefficient.stride(), axis,
                    0 if y.is_floating_point() else y.shape[axis], logits.element_size())
 
-# %% ../../nbs/22_kernels.gpu.ipynb #739eed7a
+# %% ../../nbs/22_kernels.gpu.ipynb #f72abac0
 class LabelReport:
     "Where the kernels of a device note a label outside the classes"
     def __init__(self,
@@ -137,7 +138,7 @@ def check_labels(
     for d, report in list(REPORTS.items()):
         if device is None or d == torch.device(device): report.check()
 
-# %% ../../nbs/22_kernels.gpu.ipynb #64749b83
+# %% ../../nbs/22_kernels.gpu.ipynb #6191fe44
 def on_device_of(f):
     "Make the device of the first argument the current one for a call"
     def g(first, *args):
@@ -146,31 +147,30 @@ def on_device_of(f):
     return g
 
 @on_device_of
-def launch_forward(logits, y, coefficient, es, eps, weight, by_example, ignore_index, axis, reduction, keep):
+def launch_forward(logits, y, coefficient, eps, weight, by_example, ignore_index, axis, reduction, keep):
     "Loss; figures per position for the backward pass, if it needs any (`keep`); denominator and mean weight"
-    from .triton_softmax import add_up, softmax_forward
+    from fastai_smooth.kernels.triton_softmax import add_up, softmax_forward
     plan = plan_for(logits, y, coefficient, axis)
     view, m, none = plan.view, plan.m, reduction == 'none'
     empty = lambda *size: torch.empty(size, dtype=torch.float32, device=logits.device)
     loss, result = empty(*logits.shape[:axis], *logits.shape[axis+1:]) if none else empty(), empty(2)
     stats = empty((2 if m else 5)*plan.n_positions) if keep and not view.single else None
     sums = None if none or plan.programs == 1 else empty(2*plan.programs)
+    es, at = (eps, None) if isinstance(eps, Tensor) and eps.ndim else (None, eps)
     report = report_of(logits.device)
     call = report.new_call(y.squeeze(axis).shape, logits.shape[axis], ignore_index) if m else 0
     softmax_forward[(plan.programs,)](
-        logits, y, coefficient, weight, es, eps, loss if none else None, stats, sums, loss, result, report.words, call,
+        logits, y, coefficient, weight, es, at, loss if none else None, stats, sums, loss, result, report.words, call,
         0 if ignore_index is None else ignore_index, logits.shape[axis], view.n_inner, plan.n_blocks, plan.n_positions, *view.strides,
         BY_CLASS=weight is not None and not by_example, BY_EXAMPLE=weight is not None and by_example, HAS_IGNORE=ignore_index is not None,
-        MEAN=reduction == 'mean', ALONE=plan.programs == 1, **plan.options)
+        MEAN=reduction == 'mean', ALONE=plan.programs == 1, EPS_AT=isinstance(at, Tensor), **plan.options)
     if sums is not None: add_up[(1,)](sums, loss, result, plan.programs, MEAN=reduction == 'mean', SIZE=1024)
     return loss, stats, result
 
-cached_strides = lru_cache(1024)(view_strides)
-
 @on_device_of
-def launch_backward(logits, grad, y, coefficient, es, eps, weight, by_example, ignore_index, axis, reduction, stats, result):
+def launch_backward(logits, grad, y, coefficient, eps, weight, by_example, ignore_index, axis, reduction, stats, result):
     "Gradient of the logits, in their dtype"
-    from .triton_softmax import softmax_backward
+    from fastai_smooth.kernels.triton_softmax import softmax_backward
     plan = plan_for(logits, y, coefficient, axis)
     g, each = torch.empty_like(logits), reduction == 'none'
     to, up = cached_strides(g.shape, g.stride(), axis, plan.view.split), (0, 0, 0)
@@ -180,74 +180,77 @@ def launch_backward(logits, grad, y, coefficient, es, eps, weight, by_example, i
         if up is None:
             grad = grad.contiguous()
             up = cached_strides(g.shape, with_classes(grad.stride()), axis, plan.view.split)
+    es, at = (eps, None) if isinstance(eps, Tensor) and eps.ndim else (None, eps)
     softmax_backward[(plan.programs,)](
-        logits, y, coefficient, weight, es, eps, stats, result, grad, g, 0 if ignore_index is None else ignore_index,
+        logits, y, coefficient, weight, es, at, stats, result, grad, g, 0 if ignore_index is None else ignore_index,
         logits.shape[axis], plan.view.n_inner, plan.n_blocks, plan.n_positions, *plan.view.strides, *to, up[0], up[2],
         BY_CLASS=weight is not None and not by_example, BY_EXAMPLE=weight is not None and by_example, HAS_IGNORE=ignore_index is not None,
-        MEAN=reduction == 'mean', EACH=each, **plan.options)
+        MEAN=reduction == 'mean', EACH=each, EPS_AT=isinstance(at, Tensor), **plan.options)
     return g
 
-# %% ../../nbs/22_kernels.gpu.ipynb #09e124c1
-def formula_of(logits, y, coefficient, es, eps, weight, by_example, ignore_index, axis, reduction)->Tensor:
+# %% ../../nbs/22_kernels.gpu.ipynb #2eef73ed
+def formula_of(logits, y, coefficient, eps, weight, by_example, ignore_index, axis, reduction)->Tensor:
     "The loss of a request by the formula"
     if coefficient is not None:
         y = MixedTarget(y.movedim(axis, 1), coefficient.movedim(axis, 1), logits.shape[axis], axis, ignore_index)
     log_probs = in_single_precision(logits).log_softmax(axis)
-    return cross_entropy_of_log_probs(log_probs, y, eps if es is None else es, axis, weight, 'example' if by_example else 'class', ignore_index, reduction)
+    return cross_entropy_of_log_probs(log_probs, y, eps, axis, weight, 'example' if by_example else 'class', ignore_index, reduction)
 
 class SoftmaxLoss(torch.autograd.Function):
     "Smoothed cross entropy by the Triton kernels"
     @staticmethod
-    def forward(ctx, logits, y, coefficient, es, eps, weight, *options):
-        loss, stats, result = launch_forward(logits, y, coefficient, es, eps, weight, *options, True)
-        ctx.save_for_backward(logits, y, coefficient, es, weight, stats, result) # an edit in place is noticed
-        ctx.eps, ctx.options = eps, options
+    def forward(ctx, logits, y, coefficient, eps, weight, *options):
+        loss, stats, result = launch_forward(logits, y, coefficient, eps, weight, *options, True)
+        # saved this way, an edit in place is noticed
+        ctx.save_for_backward(logits, y, coefficient, weight, stats, result, eps if isinstance(eps, Tensor) else None)
+        ctx.eps, ctx.options = None if isinstance(eps, Tensor) else eps, options
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        logits, y, coefficient, es, weight, stats, result = ctx.saved_tensors
-        request = y, coefficient, es, ctx.eps, weight, *ctx.options
+        logits, y, coefficient, weight, stats, result, eps = ctx.saved_tensors
+        request = y, coefficient, ctx.eps if eps is None else eps, weight, *ctx.options
         if torch.is_grad_enabled(): # the gradient is to be differentiated in its turn
             g = torch.autograd.grad(formula_of(logits, *request), logits, grad, create_graph=True)[0]
         else: g = launch_backward(logits, grad, *request, stats, result)
         return g, *[None]*(len(request))
 
-# %% ../../nbs/22_kernels.gpu.ipynb #6ea0510f
+# %% ../../nbs/22_kernels.gpu.ipynb #34e95223
+# Optional, and not `Tensor|None`, is what every version of torch reads
 @torch.library.custom_op('fastai_smooth::softmax_loss', mutates_args=())
-def softmax_loss(logits:Tensor, y:Tensor, coefficient:Optional[Tensor], es:Optional[Tensor], eps:float, weight:Optional[Tensor], by_example:bool, # noqa: UP045
+def softmax_loss(logits:Tensor, y:Tensor, coefficient:Optional[Tensor], eps:Tensor, weight:Optional[Tensor], by_example:bool, # noqa: UP045
                  ignore_index:Optional[int], axis:int, reduction:str, keep:bool)->tuple[Tensor, Tensor, Tensor]: # noqa: UP045
     report_of(logits.device).check()
-    loss, stats, result = launch_forward(logits, y, coefficient, es, eps, weight, by_example, ignore_index, axis, reduction, keep)
+    loss, stats, result = launch_forward(logits, y, coefficient, eps, weight, by_example, ignore_index, axis, reduction, keep)
     return loss, logits.new_empty(0, dtype=torch.float32) if stats is None else stats, result
 
 @softmax_loss.register_fake
-def _(logits, y, coefficient, es, eps, weight, by_example, ignore_index, axis, reduction, keep):
+def _(logits, y, coefficient, eps, weight, by_example, ignore_index, axis, reduction, keep):
     view = view_of(logits.shape, logits.stride(), y.stride(), None if coefficient is None else coefficient.stride(), axis)
     empty = lambda *size: logits.new_empty(size, dtype=torch.float32)
     loss = empty(*logits.shape[:axis], *logits.shape[axis+1:]) if reduction == 'none' else empty()
     return loss, empty((5 if y.is_floating_point() else 2)*(logits.numel()//logits.shape[axis]) if keep and not view.single else 0), empty(2)
 
 @torch.library.custom_op('fastai_smooth::softmax_loss_backward', mutates_args=())
-def softmax_loss_backward(logits:Tensor, grad:Tensor, y:Tensor, coefficient:Optional[Tensor], es:Optional[Tensor], eps:float, weight:Optional[Tensor], # noqa: UP045
+def softmax_loss_backward(logits:Tensor, grad:Tensor, y:Tensor, coefficient:Optional[Tensor], eps:Tensor, weight:Optional[Tensor], # noqa: UP045
                           by_example:bool, ignore_index:Optional[int], axis:int, reduction:str, stats:Tensor, result:Tensor)->Tensor: # noqa: UP045
-    return launch_backward(logits, grad, y, coefficient, es, eps, weight, by_example, ignore_index, axis, reduction, stats if len(stats) else None, result)
+    return launch_backward(logits, grad, y, coefficient, eps, weight, by_example, ignore_index, axis, reduction, stats if len(stats) else None, result)
 
 @softmax_loss_backward.register_fake
 def _(logits, *args): return torch.empty_like(logits)
 
-def _setup(ctx, inputs, output):
-    logits, y, coefficient, es, ctx.eps, weight, *options, keep = inputs
-    ctx.options = options
-    ctx.save_for_backward(logits, y, coefficient, es, weight, *output[1:])
+def keep_inputs(ctx, inputs, output):
+    *tensors, _, _, _, _, _ = inputs
+    ctx.options = inputs[5:-1]
+    ctx.save_for_backward(*tensors, *output[1:])
 
-def _backward(ctx, grad, *_):
-    logits, y, coefficient, es, weight, stats, result = ctx.saved_tensors
-    return softmax_loss_backward(logits, grad, y, coefficient, es, ctx.eps, weight, *ctx.options, stats, result), *[None]*10
+def backward_of_operator(ctx, grad, *_):
+    logits, y, coefficient, eps, weight, stats, result = ctx.saved_tensors
+    return softmax_loss_backward(logits, grad, y, coefficient, eps, weight, *ctx.options, stats, result), *[None]*9
 
-softmax_loss.register_autograd(_backward, setup_context=_setup)
+softmax_loss.register_autograd(backward_of_operator, setup_context=keep_inputs)
 
-# %% ../../nbs/22_kernels.gpu.ipynb #d0fbbe28
+# %% ../../nbs/22_kernels.gpu.ipynb #61362c98
 MOST_COMPONENTS = 4 # of a mixture: two mixers in turn
 
 def is_vector(value, n:int)->bool:
@@ -269,7 +272,7 @@ def softmax_fits(
     if reduction not in REDUCTIONS or weight_by not in ('class', 'example'): return False
     shape, n_classes = logits.shape, logits.shape[axis]
     if weight is not None and not is_vector(weight, n_classes): return False
-    if isinstance(eps, Tensor) and not is_vector(eps, n_classes): return False
+    if isinstance(eps, Tensor) and eps.ndim and not is_vector(eps, n_classes): return False
     if is_mixed(target):
         if target.shape != shape or target.axis != axis or target.device != logits.device or not target.is_sparse_mixture: return False
         return target.indices.shape[1] <= MOST_COMPONENTS and not target.weights.requires_grad
@@ -279,7 +282,7 @@ def softmax_fits(
     without_classes = shape[:axis] + shape[axis+1:]
     return target.shape in (without_classes, (*shape[:axis], 1, *shape[axis+1:])) or (target.ndim == 1 and len(target) == without_classes.numel())
 
-# %% ../../nbs/22_kernels.gpu.ipynb #d8eeceb6
+# %% ../../nbs/22_kernels.gpu.ipynb #7dc01742
 AVAILABLE = {}
 
 def try_kernels(device:torch.device):
@@ -288,7 +291,7 @@ def try_kernels(device:torch.device):
     before = REPORTS.get(device)
     REPORTS[device] = report
     try:
-        request = torch.tensor([[1], [3]], device=device), None, None, 0., None, False, -100, 1, 'mean'
+        request = torch.tensor([[1], [3]], device=device), None, 0., None, False, -100, 1, 'mean'
         loss, stats, result = launch_forward(z, *request, False)
         g = launch_backward(z, torch.ones((), device=device), *request, stats, result)
         found = [loss.item(), *g.flatten().tolist()]
@@ -320,7 +323,7 @@ def gpu_takes(
     "Whether the kernels compute a softmax loss"
     return logits.is_cuda and softmax_fits(logits, *request) and kernels_work(logits.device.index)
 
-# %% ../../nbs/22_kernels.gpu.ipynb #bca467a9
+# %% ../../nbs/22_kernels.gpu.ipynb #5e5e45b5
 def gpu_cross_entropy(
     logits:Tensor, # (N, K, *) with the classes at `axis`, as the model made them: float32, float16 or bfloat16
     target, # Index, dense or mixed target
@@ -332,23 +335,22 @@ def gpu_cross_entropy(
     reduction:str, # 'mean', 'sum' or 'none'
 )->Tensor: # Loss in float32
     "Smoothed cross entropy by the kernels, for what `softmax_fits`"
-    logits, coefficient, es = base_tensor(logits), None, None
+    logits, coefficient, compiling = base_tensor(logits), None, torch.compiler.is_compiling()
     if is_mixed(target): y, coefficient, ignore_index = target.indices.movedim(1, axis), target.weights.movedim(1, axis), target.ignore_index
     else:
         y = base_tensor(target)
         if not y.is_floating_point() and (y.ndim < logits.ndim or y.shape[axis] != 1 or y.ndim == 1):
             y = y.reshape(logits.shape[:axis] + logits.shape[axis+1:]).unsqueeze(axis)
-    if isinstance(eps, Tensor): es, eps = base_tensor(eps).to(logits.device, non_blocking=True).contiguous(), 0.
+    if isinstance(eps, Tensor): eps = base_tensor(eps).to(logits.device, non_blocking=True).contiguous()
+    elif compiling: eps = torch.ones((), device=logits.device)*eps
     if weight is not None: weight = base_tensor(weight).to(logits.device, non_blocking=True).contiguous()
-    find = view_of if torch.compiler.is_compiling() else lru_view
+    find = view_of if compiling else cached_view
     seen = lambda: find(logits.shape, logits.stride(), y.stride(), None if coefficient is None else coefficient.stride(), axis)
     if seen() is None: # memory that no view fits
         y, coefficient = y.contiguous(), coefficient if coefficient is None else coefficient.contiguous()
         if seen() is None: logits = logits.contiguous()
-    request = y, coefficient, es, eps, weight, weight_by == 'example', ignore_index, axis, reduction
+    request = y, coefficient, eps, weight, weight_by == 'example', ignore_index, axis, reduction
     wanted = logits.requires_grad and torch.is_grad_enabled()
-    if torch.compiler.is_compiling(): return softmax_loss(logits, *request, wanted)[0]
+    if compiling: return softmax_loss(logits, *request, wanted)[0]
     report_of(logits.device).check()
     return SoftmaxLoss.apply(logits, *request) if wanted else launch_forward(logits, *request, False)[0]
-
-lru_view = lru_cache(1024)(view_of)

@@ -7,32 +7,22 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.triton_softmax.html.
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #09828b86
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #1bb16419
 import triton
 import triton.language as tl
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #9e1e2eac
-@triton.jit
-def across(v, AXIS: tl.constexpr):
-    "One value per position, shaped to meet a tile"
-    return tl.expand_dims(v, AXIS)
-
-@triton.jit
-def along(v, AXIS: tl.constexpr):
-    "One value per class, shaped to meet a tile"
-    return tl.expand_dims(v, 1 - AXIS)
-
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #00ea3fcc
 @triton.jit
 def class_values(v, k, K, AXIS: tl.constexpr):
     "The values of the classes `k` of a vector, 0 beyond the last class"
-    return along(tl.load(v + k, mask=k < K, other=0).to(tl.float32), AXIS)
+    return tl.expand_dims(tl.load(v + k, mask=k < K, other=0).to(tl.float32), 1 - AXIS)
 
 @triton.jit
 def times(coefficient, value):
     "Their product, where 0 times inf or nan is 0: a class without a coefficient costs nothing, even if its logit is -inf"
     return tl.where((coefficient == 0) & ~(tl.abs(value) < float('inf')), 0., coefficient*value)
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #cd6011ea
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #bd62ca8a
 @triton.jit
 def component(y, c, at, w, es, eps, flags, call, ignore, K, inside, HAS_IGNORE: tl.constexpr, REPORT: tl.constexpr):
     "Label, coefficient, smoothing strength and class weight of one component of a mixture"
@@ -53,7 +43,7 @@ def component(y, c, at, w, es, eps, flags, call, ignore, K, inside, HAS_IGNORE: 
     weight = mass*0 + 1 if w is None else tl.load(w + label).to(tl.float32)
     return label, mass, e, weight
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #5e4074ee
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #d6a03a59
 @triton.jit
 def finish(out, result, loss, known, MEAN: tl.constexpr):
     "Write the reduced loss and what it was divided by. Nothing to divide by gives 0, nan stays nan"
@@ -64,9 +54,10 @@ def finish(out, result, loss, known, MEAN: tl.constexpr):
 @triton.jit(do_not_specialize=['ignore', 'call'])
 def softmax_forward(z, y, c, w, es, eps, rows, stats, sums, out, result, flags, call, ignore, K, B, n_blocks, n, za, zk, zb, ya, yk, yb, ca, ck, cb,
                     M: tl.constexpr, BY_CLASS: tl.constexpr, BY_EXAMPLE: tl.constexpr, HAS_IGNORE: tl.constexpr, MEAN: tl.constexpr,
-                    ALONE: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SINGLE: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr):
+                    ALONE: tl.constexpr, EPS_AT: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SINGLE: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr):
     "Loss of P positions, and their part of the sums"
     pid = tl.program_id(0)
+    strength = tl.load(eps).to(tl.float32) if EPS_AT else eps
     a, b = pid//n_blocks, (pid % n_blocks)*P + tl.arange(0, P)
     inside = b < B
     if WIDE: a, b = a.to(tl.int64), b.to(tl.int64)
@@ -79,17 +70,17 @@ def softmax_forward(z, y, c, w, es, eps, rows, stats, sums, out, result, flags, 
     for start in range(0, END, C):
         k = start + tl.arange(0, C)
         if WIDE: k = k.to(tl.int64)
-        real = along(k < K, AXIS) & across(inside, AXIS)
-        x = tl.load(across(z_rows, AXIS) + along(k*zk, AXIS), mask=real, other=-float('inf')).to(tl.float32)
+        real = tl.expand_dims(k < K, 1 - AXIS) & tl.expand_dims(inside, AXIS)
+        x = tl.load(tl.expand_dims(z_rows, AXIS) + tl.expand_dims(k*zk, 1 - AXIS), mask=real, other=-float('inf')).to(tl.float32)
         new = tl.maximum(top, tl.max(x, AXIS))
         safe = tl.where(new == -float('inf'), 0., new)
         rise = tl.where(top == -float('inf'), 0., new - top)
-        norm = norm*tl.exp(top - safe) + tl.sum(tl.exp(x - across(safe, AXIS)), AXIS)
-        gap = across(safe, AXIS) - x
+        norm = norm*tl.exp(top - safe) + tl.sum(tl.exp(x - tl.expand_dims(safe, AXIS)), AXIS)
+        gap = tl.expand_dims(safe, AXIS) - x
         if w is not None: wk = class_values(w, k, K, AXIS)
         if M == 0:
-            q = tl.load(across(y_rows, AXIS) + along(k*yk, AXIS), mask=real, other=0).to(tl.float32)
-            qe = q*eps if es is None else q*class_values(es, k, K, AXIS)
+            q = tl.load(tl.expand_dims(y_rows, AXIS) + tl.expand_dims(k*yk, 1 - AXIS), mask=real, other=0).to(tl.float32)
+            qe = q*strength if es is None else q*class_values(es, k, K, AXIS)
             part = (q - qe)*wk if BY_CLASS else q - qe
             cost += rise*alpha + tl.sum(times(part, gap), AXIS)
             alpha += tl.sum(part, AXIS)
@@ -104,7 +95,7 @@ def softmax_forward(z, y, c, w, es, eps, rows, stats, sums, out, result, flags, 
             seen += tl.minimum(K - start, C).to(tl.float32)
         top = new
     for j in tl.static_range(M):
-        label, q, e, weight = component(y_rows + j*yk, c, a*ca + j*ck + b*cb, w, es, eps, flags, call, ignore, K, inside, HAS_IGNORE, True)
+        label, q, e, weight = component(y_rows + j*yk, c, a*ca + j*ck + b*cb, w, es, strength, flags, call, ignore, K, inside, HAS_IGNORE, True)
         gap = top - tl.load(z_rows + label*zk, mask=inside, other=0).to(tl.float32)
         part = (q - q*e)*weight if BY_CLASS else q - q*e
         cost += times(part, gap)
@@ -126,8 +117,10 @@ def softmax_forward(z, y, c, w, es, eps, rows, stats, sums, out, result, flags, 
             tl.store(stats + 2*n + position, alpha, mask=inside)
             tl.store(stats + 3*n + position, moved, mask=inside)
             tl.store(stats + 4*n + position, share, mask=inside)
-        tl.store(result + 1, mean_weight, mask=pid == 0)
-    if rows is not None: tl.store(rows + position, loss, mask=inside)
+    tl.store(result + 1, mean_weight, mask=pid == 0)
+    if rows is not None:
+        tl.store(rows + position, loss, mask=inside)
+        tl.store(result, 0., mask=pid == 0)
     else:
         loss, known = tl.sum(tl.where(inside, loss, 0.), 0), tl.sum(tl.where(inside, weighted, 0.), 0)
         if ALONE: finish(out, result, loss, known, MEAN)
@@ -135,7 +128,7 @@ def softmax_forward(z, y, c, w, es, eps, rows, stats, sums, out, result, flags, 
             tl.store(sums + pid, loss)
             tl.store(sums + tl.num_programs(0) + pid, known)
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #9cbd5c12
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #951de2e2
 @triton.jit
 def add_up(sums, out, result, n, MEAN: tl.constexpr, SIZE: tl.constexpr):
     "The second stage of the sums over all programs, always in the same order"
@@ -146,13 +139,14 @@ def add_up(sums, out, result, n, MEAN: tl.constexpr, SIZE: tl.constexpr):
         known += tl.load(sums + n + i, mask=i < n, other=0).to(tl.float64)
     finish(out, result, tl.sum(loss, 0).to(tl.float32), tl.sum(known, 0).to(tl.float32), MEAN)
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #c4538520
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #1f320428
 @triton.jit(do_not_specialize=['ignore'])
 def softmax_backward(z, y, c, w, es, eps, stats, result, up, g, ignore, K, B, n_blocks, n, za, zk, zb, ya, yk, yb, ca, ck, cb, ga, gk, gb, ua, ub,
                      M: tl.constexpr, BY_CLASS: tl.constexpr, BY_EXAMPLE: tl.constexpr, HAS_IGNORE: tl.constexpr, MEAN: tl.constexpr,
-                     EACH: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SINGLE: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr):
+                     EACH: tl.constexpr, EPS_AT: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SINGLE: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr):
     "Gradient `g` of P positions for the incoming gradient `up`, one per position if `EACH`"
     pid = tl.program_id(0)
+    strength = tl.load(eps).to(tl.float32) if EPS_AT else eps
     a, b = pid//n_blocks, (pid % n_blocks)*P + tl.arange(0, P)
     inside = b < B
     if WIDE: a, b = a.to(tl.int64), b.to(tl.int64)
@@ -166,7 +160,7 @@ def softmax_backward(z, y, c, w, es, eps, stats, result, up, g, ignore, K, B, n_
     if BY_CLASS and not SINGLE: mean_weight = tl.load(result + 1)
     alpha, moved, mass, weighted = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32), tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)
     for j in tl.static_range(M):
-        label, q_j, e, weight = component(y_rows + j*yk, c, a*ca + j*ck + b*cb, w, es, eps, y, 0, ignore, K, inside, HAS_IGNORE, False)
+        label, q_j, e, weight = component(y_rows + j*yk, c, a*ca + j*ck + b*cb, w, es, strength, y, 0, ignore, K, inside, HAS_IGNORE, False)
         alpha += (q_j - q_j*e)*weight if BY_CLASS else q_j - q_j*e
         moved += q_j*e
         mass += q_j
@@ -181,12 +175,12 @@ def softmax_backward(z, y, c, w, es, eps, stats, result, up, g, ignore, K, B, n_
     for start in range(0, END, C):
         k = start + tl.arange(0, C)
         if WIDE: k = k.to(tl.int64)
-        real = along(k < K, AXIS) & across(inside, AXIS)
-        x = tl.load(across(z_rows, AXIS) + along(k*zk, AXIS), mask=real, other=-float('inf')).to(tl.float32)
+        real = tl.expand_dims(k < K, 1 - AXIS) & tl.expand_dims(inside, AXIS)
+        x = tl.load(tl.expand_dims(z_rows, AXIS) + tl.expand_dims(k*zk, 1 - AXIS), mask=real, other=-float('inf')).to(tl.float32)
         if w is not None: wk = class_values(w, k, K, AXIS)
         if M == 0:
-            q = tl.load(across(y_rows, AXIS) + along(k*yk, AXIS), mask=real, other=0).to(tl.float32)
-            qe = q*eps if es is None else q*class_values(es, k, K, AXIS)
+            q = tl.load(tl.expand_dims(y_rows, AXIS) + tl.expand_dims(k*yk, 1 - AXIS), mask=real, other=0).to(tl.float32)
+            qe = q*strength if es is None else q*class_values(es, k, K, AXIS)
             part = (q - qe)*wk if BY_CLASS else q - qe
         received, scale = moved, incoming
         if SINGLE:
@@ -195,17 +189,17 @@ def softmax_backward(z, y, c, w, es, eps, stats, result, up, g, ignore, K, B, n_
                 if BY_EXAMPLE:
                     row_mass = tl.sum(q, AXIS)
                     scale = incoming*(tl.sum(q*wk, AXIS)/tl.where(row_mass == 0, 1., row_mass))
-            p = tl.exp(x - across(tl.max(x, AXIS), AXIS))
-            p = p/across(tl.sum(p, AXIS), AXIS)
+            p = tl.exp(x - tl.expand_dims(tl.max(x, AXIS), AXIS))
+            p = p/tl.expand_dims(tl.sum(p, AXIS), AXIS)
             if BY_CLASS: mean_weight = tl.sum(tl.sum(wk, 1), 0)/K
-        else: p = tl.exp(x - across(top, AXIS) - across(log_norm, AXIS))
-        total = across(alpha + received*mean_weight, AXIS)
+        else: p = tl.exp(x - tl.expand_dims(top, AXIS) - tl.expand_dims(log_norm, AXIS))
+        total = tl.expand_dims(alpha + received*mean_weight, AXIS)
         d = tl.where(total == 0, 0., total*p) # an ignored row may hold anything
-        if BY_CLASS: d -= across(received/K, AXIS)*wk
-        else: d -= across(received/K, AXIS)
+        if BY_CLASS: d -= tl.expand_dims(received/K, AXIS)*wk
+        else: d -= tl.expand_dims(received/K, AXIS)
         if M == 0: d -= part
         for j in tl.static_range(M):
-            label, q_j, e, weight = component(y_rows + j*yk, c, a*ca + j*ck + b*cb, w, es, eps, y, 0, ignore, K, inside, HAS_IGNORE, False)
+            label, q_j, e, weight = component(y_rows + j*yk, c, a*ca + j*ck + b*cb, w, es, strength, y, 0, ignore, K, inside, HAS_IGNORE, False)
             one = (q_j - q_j*e)*weight if BY_CLASS else q_j - q_j*e
-            d -= tl.where(along(k, AXIS) == across(label, AXIS), across(one, AXIS), 0.)
-        tl.store(across(g_rows, AXIS) + along(k*gk, AXIS), (d*across(scale, AXIS)).to(g.dtype.element_ty), mask=real)
+            d -= tl.where(tl.expand_dims(k, 1 - AXIS) == tl.expand_dims(label, AXIS), tl.expand_dims(one, AXIS), 0.)
+        tl.store(tl.expand_dims(g_rows, AXIS) + tl.expand_dims(k*gk, 1 - AXIS), (d*tl.expand_dims(scale, AXIS)).to(g.dtype.element_ty), mask=real)
