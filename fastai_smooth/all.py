@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/all.html.md"""
 # %% auto #0
 __all__ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'CalibrationInterpretation', 'TemperatureScaling',
            'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss', 'digits', 'digit_masks', 'embedded_table',
-           'mnist5k', 'multi_digits', 'words', 'Blend', 'ClassPrior', 'Distribution', 'Online', 'Similarity', 'Spatial',
+           'mnist5k', 'multi_digits', 'words', 'ClassPrior', 'Distribution', 'Online', 'Similarity', 'Spatial',
            'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy', 'smooth_cross_entropy',
            'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
            'CombinedLoss', 'EachClass', 'MultiTargetLoss', 'LabelSmoothingDice', 'LabelRelaxation',
@@ -18,7 +18,7 @@ __all__ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 
 from .calibration import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, CalibrationInterpretation, ClasswiseECE, TemperatureScaling
 from .callback import CutMixMask, LabelSmoothing, OneOf, TimmMix, soft_loss
 from .data import digit_masks, digits, embedded_table, mnist5k, multi_digits, words
-from .distributions import Blend, ClassPrior, Distribution, Online, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf
+from .distributions import ClassPrior, Distribution, Online, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf
 from .kernels import smooth_binary_cross_entropy, smooth_cross_entropy
 from .losses import (CombinedLoss, EachClass, MultiTargetLoss,
                                   LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingDice,
@@ -31,7 +31,7 @@ from .targets import MixedTarget, convert_eps, smooth_binary, smooth_labels, to_
 _all_ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'CalibrationInterpretation', 'TemperatureScaling',
          'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss',
          'digits', 'digit_masks', 'embedded_table', 'mnist5k', 'multi_digits', 'words',
-         'Blend', 'ClassPrior', 'Distribution', 'Online', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy',
+         'ClassPrior', 'Distribution', 'Online', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy',
          'smooth_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
          'CombinedLoss', 'EachClass', 'MultiTargetLoss',
          'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',

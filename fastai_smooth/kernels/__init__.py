@@ -1,14 +1,11 @@
-"Each loss as a formula and as fast paths, and the choice between them"
+"The losses as functions: a formula and faster paths for each, and the choice between them"
 from .formulas import (
     REDUCTIONS,
-    check_axis,
-    check_probabilities,
     cross_entropy_of_log_probs,
     in_single_precision,
     reduce,
     smooth_binary_cross_entropy_reference,
     smooth_cross_entropy_reference,
-    binary_target,
 )
 from .paths import binary_cross_entropy, cross_entropy, smooth_binary_cross_entropy, smooth_cross_entropy
 

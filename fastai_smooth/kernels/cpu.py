@@ -24,8 +24,8 @@ def several_at_once(
 class LossWithGradient(torch.autograd.Function):
     "A loss whose gradient was computed with it"
     @staticmethod
-    def forward(ctx, logits, value, gradient, compute, tensors, formula):
-        ctx.gradient, ctx.compute, ctx.formula = gradient, compute, formula
+    def forward(ctx, logits, result):
+        value, ctx.gradient, ctx.compute, tensors, ctx.formula = result
         ctx.save_for_backward(logits, *tensors) # an edit in place is noticed where they are needed again
         return logits.new_full((), value)
 
@@ -33,12 +33,12 @@ class LossWithGradient(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled(): # the gradient is to be differentiated in its turn
             logits = ctx.saved_tensors[0]
-            return torch.autograd.grad(ctx.formula(logits), logits, grad, create_graph=True)[0], None, None, None, None, None
+            return torch.autograd.grad(ctx.formula(logits), logits, grad, create_graph=True)[0], None
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None: gradient = ctx.compute(ctx.saved_tensors[0].detach(), True)[1] # given away: once more, bit for bit
         if several_at_once(grad): ctx.gradient, gradient = gradient, gradient*grad
         elif (scale := grad.item()) != 1.: gradient.mul_(scale)
-        return gradient, None, None, None, None, None
+        return gradient, None
 
 def with_gradient(
     logits:Tensor, # Logits
@@ -48,10 +48,10 @@ def with_gradient(
 )->Tensor: # Loss, 0-d
     "The loss of `compute`, and its gradient if one is wanted"
     wanted = logits.requires_grad and torch.is_grad_enabled()
-    value, gradient = compute(logits.detach(), wanted)
+    value, gradient = compute(logits.detach() if wanted else logits, wanted)
     if not math.isfinite(value): return formula(logits)
     if not wanted: return logits.new_full((), value)
-    return LossWithGradient.apply(logits, value, gradient, compute, tensors, formula)
+    return LossWithGradient.apply(logits, (value, gradient, compute, tensors, formula))
 
 # %% ../../nbs/21_kernels.cpu.ipynb #e56f3752
 BLOCK = 2**18 # elements per block: a level-2 cache and its neighbourhood, and little memory beside the logits
@@ -63,7 +63,6 @@ def as_rows(
 )->tuple: # (A, K) or (A, K, B), a view if the memory allows; and two functions that lay a target likewise and shape a gradient back
     "Logits as rows or pixels"
     shape = logits.shape
-    if axis == 1 and len(shape) == 2: return logits, lambda t: t, lambda g: g
     after = math.prod(shape[axis+1:])
     if after == 1 or logits.is_contiguous():
         lay = lambda t: t.reshape((-1, t.shape[axis]) if after == 1 else (-1, t.shape[axis], after))
@@ -118,7 +117,8 @@ def loss_of_block(z, index, c, mass, even, eps, scale, out, wanted):
     total = (eps-1)*chosen - eps*every/k
     if shift is not None: total -= shift.sum().item() if c is None else inner(mass, shift)
     if wanted:
-        torch.add(p.new_full((), -eps*scale/k), p, alpha=scale, out=p) # both in one pass
+        if p.numel() > SMALL: torch.add(p.new_full((), -eps*scale/k), p, alpha=scale, out=p) # both in one pass
+        else: p.mul_(scale).sub_(eps*scale/k)
         if not even: p.mul_(mass)
         if index is None: p.sub_(c, alpha=(1-eps)*scale)
         else: p.scatter_add_(1, index, torch.full(index.shape, (eps-1)*scale, dtype=z.dtype) if c is None else c*((eps-1)*scale))
@@ -152,6 +152,7 @@ def cpu_cross_entropy(
 )->Tensor: # Loss, 0-d
     "Smoothed cross entropy with its gradient in one pass"
     def compute(logits, wanted):
+        if axis == 1 and logits.ndim == 2: return loss_of_rows(logits, index, coefficient, eps, mean, wanted)
         z, lay, back = as_rows(logits, axis)
         value, g = loss_of_rows(z, *(t if t is None else lay(t) for t in (index, coefficient)), eps, mean, wanted)
         return value, back(g) if wanted else None

@@ -8,26 +8,17 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.formulas.html.md"""
 __all__ = ['smooth_cross_entropy_reference', 'smooth_binary_cross_entropy_reference']
 
 # %% ../../nbs/20_kernels.formulas.ipynb #1a72cb67
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..targets import base_tensor, binary_levels, check_choice, check_eps, is_index, is_mixed, label_error
+from ..targets import (base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, is_index, is_mixed, is_readable,
+                                   label_error, per_class, shape_error)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #3c3cd939
-def shape_error(shape, target_shape, axis, is_index):
-    "The error for a target that does not fit logits of `shape`, with the axis that would fit"
-    shape, target_shape = tuple(shape), tuple(target_shape)
-    without = lambda d: shape[:d] + shape[d+1:]
-    wanted = f"indices {without(axis)} or a dense target {shape}"
-    fits = [d for d in range(len(shape)) if is_index and without(d) == target_shape]
-    hint = f" axis={fits[0]} would fit." if fits else ""
-    if not is_index and len(target_shape) == len(shape) and without(axis) == target_shape[:axis] + target_shape[axis+1:]:
-        hint = f" The target has {target_shape[axis]} classes and the logits have {shape[axis]}: check n_classes, or the outputs of the model."
-    kind = "indices" if is_index else "a dense target"
-    return ValueError(f"Logits of shape {shape} with the classes at axis {axis} want {wanted}, but got {kind} of shape {target_shape}.{hint}")
-
 def entries(
     logits:Tensor, # (N, K, *) with the classes at `axis`
     target, # Index, dense or mixed target
@@ -35,7 +26,7 @@ def entries(
     ignore_index:int|None, # Index without mass
 )->tuple: # Classes, or None for all of them in order; coefficients, or None for 1 each; `ignore_index`. The tensors have the entries at `axis`
     "A target as coefficients of classes, from its shape alone. A shape that does not fit: ValueError that says which axis would"
-    shape = logits.shape
+    shape = tuple(logits.shape)
     if is_mixed(target):
         if target.shape != shape or target.axis != axis: raise shape_error(shape, target.shape, axis, False)
         if not target.is_sparse_mixture: return None, target.dense().to(logits.dtype), None
@@ -46,21 +37,21 @@ def entries(
     if not is_index(target):
         if target.shape != shape: raise shape_error(shape, target.shape, axis, False)
         return None, target.to(logits.dtype), None
-    index, without_classes = target.long(), shape[:axis] + shape[axis+1:]
-    if index.ndim == 1 < len(without_classes) and len(index) == without_classes.numel():
-        index = index.view(without_classes) # flattened, as fastai's losses allow
-    if index.shape == without_classes: return index.unsqueeze(axis), None, ignore_index
+    index, rest = target.long(), shape[:axis] + shape[axis+1:]
+    if index.shape == rest: return index.unsqueeze(axis), None, ignore_index
     if index.shape == (*shape[:axis], 1, *shape[axis+1:]): return index, None, ignore_index
+    if index.ndim == 1 < len(rest) and len(index) == math.prod(rest): # flattened, as fastai's losses allow
+        return index.view(rest).unsqueeze(axis), None, ignore_index
     raise shape_error(shape, target.shape, axis, True)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #02a796cd
 def in_transform(
-    *tensors:Tensor # Floating inputs of a loss
+    x:Tensor # Floating input of a loss
 )->bool: # True where only plain tensor operations work
     "Whether a compiler, a tracer, a functional transform or forward-mode differentiation runs the call"
     # torch has no public name for "functorch transforms are active"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active(): return True
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+            or forward_ad.unpack_dual(x).tangent is not None)
 
 def kept_entries(
     index:Tensor, # Classes from `entries`
@@ -70,7 +61,7 @@ def kept_entries(
     dtype:torch.dtype, # Of the coefficients
 )->tuple: # Classes in [0, K), and coefficients, 0 for an ignored label; None for 1 each
     "Entries that can be looked up. A label outside the classes: ValueError, where values can be read"
-    if index.is_cpu and index.numel() and not in_transform():
+    if index.numel() and is_readable(index):
         low, high = index.aminmax()
         low, high = low.item(), high.item()
         if low < 0 or high >= n_classes:
@@ -93,15 +84,6 @@ def in_single_precision(
     if not x.is_floating_point(): raise TypeError(f"Logits must be floating, but have the dtype {x.dtype}.")
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-def check_axis(
-    logits:Tensor, # Logits
-    axis:int, # Class dimension
-)->int: # The same, not negative
-    "Raise a ValueError for an axis that the logits do not have"
-    if not isinstance(logits, Tensor): raise TypeError(f"Logits must be a tensor, but are a {type(logits).__name__}.")
-    if not -logits.ndim <= axis < logits.ndim: raise ValueError(f"Logits of shape {tuple(logits.shape)} have no axis {axis}.")
-    return axis % logits.ndim
-
 def reduce(
     loss:Tensor, # Loss per position or entry
     known:Tensor, # What there was to learn from: mass per position, or 1 per known entry
@@ -121,21 +103,6 @@ def times(
     return coefficient*surprise.masked_fill((coefficient == 0) & ~surprise.isfinite(), 0)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #b94d7fb8
-def per_class(
-    value, # Number, or one per class
-    logits:Tensor, # Logits
-    axis:int, # Class dimension, not negative
-    index:Tensor|None, # Classes at `axis`, or None for all classes in order
-    name:str, # How the message calls it
-): # A number, or a tensor to multiply coefficients with
-    "One value per class, laid along `axis`, or looked up for each index"
-    if not isinstance(value, Tensor) or value.ndim == 0: return value
-    value = base_tensor(value)
-    if value.ndim != 1 or len(value) != logits.shape[axis]:
-        raise ValueError(f"{name} must have one value for each of the {logits.shape[axis]} classes, but has the shape {tuple(value.shape)}.")
-    value = value.to(logits)
-    return value.view([-1 if d == axis else 1 for d in range(logits.ndim)]) if index is None else value[index]
-
 def cross_entropy_of_log_probs(
     log_probs:Tensor, # log p, (N, K, *) with the classes at `axis`
     target, # Index, dense or mixed target
@@ -158,7 +125,7 @@ def cross_entropy_of_log_probs(
         if coefficient is None: coefficient = torch.ones_like(index, dtype=log_probs.dtype)
         chosen = surprise.gather(axis, index)
     w = 1. if weight is None else per_class(weight, log_probs, axis, index, 'weight')
-    e = per_class(eps, log_probs, axis, index, 'eps')
+    e = per_class(eps, log_probs, axis, index)
     mass = weighted_mass = coefficient.sum(axis)
     if weight is not None: weighted_mass = (coefficient*w).sum(axis)
     by_class = weight is not None and weight_by == 'class'
@@ -212,42 +179,6 @@ def binary_cross_entropy_of_logits(
     if reduction == 'classes' and not loss.ndim: loss, known = loss[None], known[None]
     if reduction == 'classes': return reduce(loss, known.any(-1).to(loss.dtype), 'mean')
     return reduce(loss, known.to(loss.dtype), reduction)
-
-def check_probabilities(
-    y:Tensor # Binary target
-)->Tensor: # The same
-    "Raise a ValueError for an entry outside [0, 1], where values can be read"
-    if y.is_cpu and y.numel() and not in_transform():
-        low, high = y.aminmax()
-        if low.item() >= -1e-4 and high.item() <= 1+1e-4: return y
-        bad = (y < -1e-4) | (y > 1+1e-4) # nan is allowed
-        if bad.any(): raise ValueError(f"Binary targets must lie in [0, 1] (nan: unknown), but the target of shape {tuple(y.shape)} holds "
-                                       f"{y[bad][0].item():g}. Class indices come without the class dimension.")
-    return y
-
-def binary_target(
-    logits:Tensor, # (N, K), or any shape
-    target, # Multi-hot or dense target of the same shape, index target without the last dimension, or mixed target
-)->tuple: # Floating target of the shape of the logits, and whether it was given as indices
-    "A binary target as a floating tensor, nan where unknown. A shape that does not fit: ValueError"
-    shape = tuple(logits.shape)
-    if is_mixed(target):
-        mixture, target = target, target.dense()
-        if mixture.is_sparse_mixture and mixture.ignore_index is not None: # blended with an unknown label is unknown
-            unknown = ((mixture.indices == mixture.ignore_index) & (mixture.weights > 0)).any(1)
-            target = target.masked_fill(unknown.unsqueeze(mixture.axis), torch.nan)
-    if not isinstance(target, Tensor): raise TypeError(f"The target must be a tensor or a MixedTarget, but is a {type(target).__name__}.")
-    target = base_tensor(target)
-    if target.shape == shape: return check_probabilities(target.to(logits.dtype)), False
-    without_ones = lambda s: [n for n in s if n != 1]
-    if target.numel() == logits.numel() and without_ones(target.shape) == without_ones(shape):
-        return check_probabilities(target.reshape(shape).to(logits.dtype)), False
-    if target.is_floating_point() or target.dtype is torch.bool or not shape or tuple(target.shape) not in (shape[:-1], (*shape[:-1], 1)):
-        raise ValueError(f"Logits of shape {shape} want a multi-hot or dense target of the same shape, or indices of shape {shape[:-1]}, "
-                         f"but got {target.dtype} of shape {tuple(target.shape)}.")
-    index, kept = kept_entries(target.reshape(*shape[:-1], 1).long(), None, shape[-1], -100, torch.bool)
-    dense = logits.new_zeros(shape).scatter_(-1, index, 1.)
-    return dense if kept is None else dense.masked_fill(~kept, torch.nan), True
 
 # %% ../../nbs/20_kernels.formulas.ipynb #677d6d9a
 def smooth_binary_cross_entropy_reference(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .cpu import cpu_binary_cross_entropy, cpu_cross_entropy
-from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, binary_target, check_axis, cross_entropy_of_log_probs, entries,
-                                            in_single_precision, in_transform, kept_entries)
-from ..targets import binary_levels, check_choice, check_eps
+from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, cross_entropy_of_log_probs, entries, in_single_precision,
+                                            in_transform, kept_entries)
+from ..targets import binary_levels, binary_target, check_axis, check_choice, check_eps
 
 # %% ../../nbs/23_kernels.paths.ipynb #a3d1a81f
 def path_of(

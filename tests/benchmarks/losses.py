@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Time the losses against torch, fastai and timm, forward and backward, in interleaved rounds of one process.
 
-    python tests/benchmarks/losses.py [--threads 1] [--rounds 9] [--only index] [--compile] [--json nbs/measured/losses_cpu.json]
+    python tests/benchmarks/losses.py [--threads 1] [--rounds 9] [--only index] [--compile] [--json nbs/figures/losses_cpu.json]
 
-prints a Markdown table of ratios, and writes them as JSON, which the notebook of kernels.cpu reads. t: over torch's own loss, F.cross_entropy(label_smoothing=.1), or F.binary_cross_entropy_with_logits of smoothed
-targets. L: over one out-of-place softmax (sigmoid) of the same logits. mem: the peak of what is allocated over the size of the logits, where the
-gradient alone is 1. --compile adds torch.compile of torch's loss, which takes minutes and a C++ compiler.
+prints a Markdown table of ratios, and writes them as JSON, which the notebook of kernels.cpu reads. t: over torch's own loss,
+F.cross_entropy(label_smoothing=.1), or F.binary_cross_entropy_with_logits of smoothed targets. L: over one out-of-place softmax (sigmoid) of the
+same logits. mem: the peak of what is allocated over the size of the logits, where the gradient alone is 1. --compile adds torch.compile of torch's
+loss, which takes minutes and a C++ compiler.
 
 Seconds differ between machines and between allocators, ratios less so: torch's loss allocates three times the logits and pays for each page that is
 faulted in. `MALLOC_TOP_PAD_`, `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` in the environment change how often that happens.
@@ -96,17 +97,18 @@ def peak_bytes(f):
 
 def measure(functions, rounds, budget=.05):
     "Median seconds of each function; the functions take turns in every round"
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter # other processes don't count where one thread does the work
     calls, times = {}, {name: [] for name in functions}
     for name, f in functions.items():
         f()
-        start = time.perf_counter()
+        start = clock()
         f()
-        calls[name] = max(1, int(budget/(time.perf_counter()-start)))
+        calls[name] = max(1, int(budget/(clock()-start)))
     for _ in range(rounds):
         for name, f in functions.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls[name]): f()
-            times[name].append((time.perf_counter()-start)/calls[name])
+            times[name].append((clock()-start)/calls[name])
     return {name: statistics.median(t) for name, t in times.items()}
 
 

@@ -9,17 +9,14 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
-from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.load import SkipItemException
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import set_seed
-from learners import Items, K, Look, check_seen, fit, make_learner
+from learners import K, Look, check_seen, fit, make_learner
 from torch import nn
-from torch.nn import functional as F
 
 from fastai_smooth.callback import LabelSmoothing, OneOf
-from fastai_smooth.distributions import Blend, ClassPrior, Online, Spatial, Taxonomy, Teacher, Uniform, Zipf
+from fastai_smooth.distributions import ClassPrior, Online, Spatial, Taxonomy, Teacher, Uniform, Zipf
 from fastai_smooth.losses import LabelSmoothingCrossEntropy
 
 
@@ -258,43 +255,17 @@ def test_spatial_and_taxonomy_under_the_callback():
     check_seen(learn, 'index', .3, matrix=tree.matrix(K).tolist())
 
 
-def test_blend_follows_the_fit():
-    dist = Blend(Uniform(), ClassPrior([1, 2, 3, 4]), lambda p: p)
-    learn = fit(make_learner('index', None, [LabelSmoothing(.3, dist), Look()]), 2)
-    prior = torch.tensor([.1, .2, .3, .4])
-    for i, (x, pred, value, _) in enumerate(learn.look.seen):
-        q, w = x.mean((2, 3)), i/6
-        target = .7*q + .3*((1-w)/K + w*prior)
-        np.testing.assert_allclose(value, F.cross_entropy(pred, target), rtol=1e-5)
-
-
 def test_another_number_of_classes_is_an_error_at_the_start():
     for dist in (Online(3), Taxonomy(['a', 'b', 'c']), .5*Uniform()+.5*Online(3)):
         with pytest.raises(ValueError, match='made for 3 classes, but there are 4'): fit(make_learner('index', None, [LabelSmoothing(.3, dist)]), 1)
     with pytest.raises(ValueError, match='must sum to 1'): fit(make_learner('index', None, [LabelSmoothing(.3, .5*Uniform())]), 1)
 
 
-# -- what a review found
-
 def test_one_that_occurs_twice_learns_once():
     z, y = 3*torch.randn(30, K), torch.randint(0, K, (30,))
-    one, twice, blend = Online(K), Online(K), Online(K)
-    for d in (one, .5*twice+.5*twice, Blend(blend, .5*blend+.5*Uniform(), lambda p: p)): d.update(z, y), d.next_epoch()
-    assert torch.equal(one.matrix(K), twice.matrix(K)) and torch.equal(one.matrix(K), blend.matrix(K)) and (one.matrix(K) != 1/K).any()
-
-
-def test_more_rows_than_single_precision_counts():
-    dist, z = Online(2), torch.tensor([2., 0.]).expand(10**6, 2)
-    for _ in range(20): dist.update(z, torch.zeros(10**6).long())
-    dist.next_epoch()
-    torch.testing.assert_close(dist.matrix(2)[0], torch.tensor([2., 0.]).softmax(0))
-
-
-def test_predictions_without_bounds_teach_nothing():
-    dist = Online(3, momentum=.9)
-    dist.update(torch.tensor([[torch.inf, 0., 0.], [torch.nan, 0., 0.], [0., 3., 0.]]), torch.tensor([0, 0, 1]))
-    dist.next_epoch()
-    assert dist.matrix(3).isfinite().all() and torch.equal(dist.matrix(3)[0], torch.full((3,), 1/3))
+    one, twice = Online(K), Online(K)
+    for d in (one, .5*twice+.5*(.5*twice+.5*Uniform())): d.update(z, y), d.next_epoch()
+    assert torch.equal(one.matrix(K), twice.matrix(K)) and (one.matrix(K) != 1/K).any()
 
 
 def test_state_is_carried_through_data_parallel(tmp_path):
@@ -319,9 +290,6 @@ def test_a_distribution_of_the_loss_learns_under_the_callback(tmp_path):
     learn.path = tmp_path
     fit(learn, 2, .5)
     np.testing.assert_allclose(held.matrix(K), learned(learn.watch.seen[3:]), atol=1e-6)
-    blend = Blend(Uniform(), ClassPrior([1, 2, 3, 4]), lambda p: p)
-    fit(make_learner('index', LabelSmoothingCrossEntropy(0., dist=blend), [LabelSmoothing(.5)]), 1)
-    assert blend.share > .5
     with pytest.raises(ValueError, match='leave dist out'):
         fit(make_learner('index', LabelSmoothingCrossEntropy(0., dist=held), [LabelSmoothing(.5, Uniform())]), 1)
 
@@ -355,110 +323,8 @@ def test_inputs_reach_a_teacher_in_a_part_of_the_loss():
     fit(make_learner('index', loss, [LabelSmoothing(.5, teacher), MixUp()]), 1)
 
 
-def test_small_things():
-    from fastai_smooth.targets import MixedTarget
-    mixed = MixedTarget(torch.tensor([[[0, 1, 2, 2, 0]]]), torch.ones(1, 1, 1), 3, axis=-1)
-    torch.testing.assert_close(Uniform()(mixed, axis=1), torch.full((1, 3, 5), 1/3))
-    for bad in (['a', 'b'], ('a', 'b'), None, 3):
-        with pytest.raises(TypeError, match='needs a path'): Taxonomy([bad, 'c'])
-    with pytest.raises(ValueError, match='temperature'): Teacher(nn.Identity()).temperature = 0.
-    with pytest.raises(TypeError, match='dist must be a distribution'): LabelSmoothing(.1, Uniform)
-    with pytest.raises(TypeError, match='Blend takes'): Blend(Uniform(), Uniform(), .5)
-    q = torch.zeros(1, 2, 5, 5)
-    q[0, 0] = 1
-    q[0, :, 2, 2] = torch.tensor([0., 1.])
-    for sigma in (.2, .3, 1.):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            u = Spatial(3, sigma)(q.to(dtype))
-            assert u.dtype == dtype and (u[0, :, 2, 2].float()-.5).abs().max() < 1e-2 and (u.sum(1).float()-1).abs().max() < 1e-2
-
-
-# -- a teacher's stored predictions: an input that is the one-hot code of its item shows what a batch was mixed from
-
-N_ITEMS = 22
-
-
-def by_item(dist, mixers, workers=0, **kwargs):
-    "A learner whose images (N_ITEMS, 4, 4) say which items they are"
-    torch.manual_seed(3)
-    labels = torch.randint(0, K, (N_ITEMS,))
-    images = torch.eye(N_ITEMS)[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
-    dls = DataLoaders(*(TfmdDL(Items(zip(images, labels)), bs=8, shuffle=s, num_workers=workers, device='cpu') for s in (True, False)))
-    dls.c = K
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(N_ITEMS, K))
-    look = Look()
-    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=[*mixers, look, LabelSmoothing(.4, dist)], lr=.1, **kwargs), labels
-
-
-@pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('mixers', [[], [MixUp], [CutMix], [MixUp, CutMix], 'one of'], ids=str)
-def test_stored_predictions_follow_their_items(mixers, workers):
-    stored = 2*torch.randn(N_ITEMS, K, generator=torch.Generator().manual_seed(1))
-    learn, labels = by_item(.5*Teacher(stored, 2.) + .5*Uniform(), [OneOf(MixUp(), CutMix())] if mixers == 'one of' else [m() for m in mixers], workers)
-    fit(learn, 2)
-    assert len(learn.look.seen) == 6
-    for x, pred, loss, _ in learn.look.seen:
-        share = x.mean((2, 3)).double()
-        q, u = share@F.one_hot(labels, K).double(), share@(.5*(stored.double()/2).softmax(1) + .5/K)
-        expected = -((.6*q+.4*u)*pred.double().log_softmax(1)).sum(1).mean()
-        np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
-
-
-def skip_the_second(item):
-    if item[0].argmax() // 16 == 1: raise SkipItemException
-    return item
-
-
-def test_stored_predictions_that_cannot_be_found():
-    stored = torch.randn(N_ITEMS, K)
-
-    class Hide(Callback):
-        order, run_valid = 50, False
-        def before_batch(self): self.learn.yb = (self.learn.yb[0]*1.,)
-    with pytest.raises(ValueError, match='22 items: give one row'): fit(by_item(Teacher(stored[:20]), [])[0], 1)
-    with pytest.raises(ValueError, match='made for 3 classes'): fit(by_item(Teacher(stored[:, :3]), [])[0], 1)
-    with pytest.raises(ValueError, match='hides which items'): fit(by_item(Teacher(stored), [Hide()])[0], 1)
-    with pytest.raises(ValueError, match='only the callback knows'):
-        LabelSmoothingCrossEntropy(.1, dist=Teacher(stored))(torch.randn(5, K), torch.zeros(5).long())
-    with pytest.raises(ValueError, match='logits'): Teacher(torch.ones(4, 3).long())
-    stored[7, 1] = float('nan')
-    with pytest.raises(ValueError, match='item 7'): Teacher(stored)
-    learn = make_learner('one_hot', None, [LabelSmoothing(.1, Teacher(torch.randn(24, K)))])
-    with pytest.raises(ValueError, match='needs index labels'): fit(learn, 1)
-
-    learn = by_item(Teacher(torch.randn(N_ITEMS, K)), [])[0]
-    learn.dls.train.after_item = skip_the_second
-    with pytest.raises(ValueError, match='skips the item'): fit(learn, 1)
-    assert learn.dls.train.do_item.__name__ == 'do_item', "the loader is as it was"
-    learn = by_item(Teacher(torch.randn(N_ITEMS, K)), [])[0]
-    plain = torch.utils.data.DataLoader(list(learn.dls.train_ds), batch_size=8)
-    smooth = LabelSmoothing(.1, Teacher(torch.randn(N_ITEMS, K)), n_classes=K)
-    learn = Learner(DataLoaders(plain, plain), learn.model, loss_func=CrossEntropyLossFlat(), cbs=smooth)
-    with pytest.raises(ValueError, match='does not tell which items'): fit(learn, 1)
-    twice = Teacher(torch.randn(N_ITEMS, K))
-    fit(by_item(.5*twice + .5*twice, [])[0], 1)
-
-
 @pytest.mark.parametrize('dist', [Uniform(), ClassPrior([1, 2, 3, 4]), Online(4), Zipf()], ids=lambda d: type(d).__name__)
 def test_plain_torch_loaders(dist):
-    learn = by_item(dist, [])[0]
+    learn = make_learner('index')
     plain = torch.utils.data.DataLoader(list(learn.dls.train_ds), batch_size=8)
     fit(Learner(DataLoaders(plain, plain), learn.model, loss_func=CrossEntropyLossFlat(), cbs=LabelSmoothing(.1, dist, n_classes=K)), 1)
-
-
-def test_stored_predictions_are_a_model_asked_beforehand(tmp_path):
-    "Without mixing and augmentation: the same training. A checkpoint has the temperature, not the predictions"
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(N_ITEMS, K))
-    with torch.no_grad(): stored = model(torch.eye(N_ITEMS)[:, :, None, None].expand(-1, -1, 4, 4))
-    weights = []
-    for teacher in (model, stored):
-        set_seed(5)
-        learn = fit(by_item(Teacher(teacher, 3.), [])[0], 2)
-        weights.append(learn.model[2].weight.detach())
-    torch.testing.assert_close(*weights)
-    learn.path = tmp_path
-    learn.save('x')
-    other = by_item(Teacher(stored), [])[0]
-    other.path = tmp_path
-    other.load('x')
-    assert other.label_smoothing.dist.temperature == 3.

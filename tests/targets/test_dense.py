@@ -1,4 +1,4 @@
-"targets: encoding, the laws of smoothing over random shapes, conventions, mixtures"
+"Dense targets: encoding, checks, the laws of smoothing over random shapes, conventions"
 import math
 
 import numpy as np
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastai_smooth.distributions import ClassPrior, Similarity, Uniform
-from fastai_smooth.targets import MixedTarget, convert_eps, smooth_binary, smooth_labels, to_dense
+from fastai_smooth.targets import (MixedTarget, check_axis, check_choice, convert_eps, dense_target, label_error, per_class, shape_error, smooth_labels,
+                                   to_dense, uniform_eps)
 
 CONVENTIONS = ['uniform', 'others', 'classy']
 DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -45,15 +46,14 @@ def close(a, b): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, check_dt
 
 # -- to_dense
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('shape', [(5,), (0,), (3, 4), (2, 3, 4), (2, 3, 2, 2)])
-@pytest.mark.parametrize('axis', [1, -1])
-def test_to_dense_against_loop(dtype, shape, axis):
-    ignore = 255 if dtype is torch.uint8 else -100
-    y = torch.randint(0, 4, shape)
-    y[torch.rand(shape) < .2] = ignore
+@given(st.lists(st.integers(0, 3), max_size=3), st.sampled_from(DTYPES), st.sampled_from([1, -1]), st.integers(0, 99))
+def test_to_dense_against_loop(rest, dtype, axis, seed):
+    ignore, shape = 255 if dtype is torch.uint8 else -100, (3, *rest)
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 4, shape, generator=g)
+    y[torch.rand(shape, generator=g) < .2] = ignore
     q = to_dense(y.to(dtype), 4, axis=axis, ignore_index=ignore)
-    assert q.shape == ((shape[0], 4, *shape[1:]) if axis == 1 else (*shape, 4)) and q.dtype is torch.float32
+    assert q.shape == ((3, 4, *rest) if axis == 1 else (*shape, 4)) and q.dtype is torch.float32
     np.testing.assert_array_equal(oracles.rows(q, axis), np.array(oracles.encode(y.flatten().tolist(), 4, ignore)).reshape(-1, 4))
 
 
@@ -158,6 +158,8 @@ def test_one_eps_per_class(target, data):
     (dict(eps=[.1, 2., .1]), ValueError, r'\[0, 1\]'), (dict(eps=True), TypeError, 'number'),
     (dict(convention='half'), ValueError, "'uniform', 'others', 'classy'"), (dict(n_classes=4), ValueError, 'Expected 4 classes'),
     (dict(axis=3), ValueError, 'axis=3'), (dict(dist=Uniform(), convention='others'), ValueError, 'convention'),
+    (dict(dist='uniform'), TypeError, 'dist must be a distribution'), (dict(dist=torch.eye(3)), TypeError, 'dist must be a distribution'),
+    (dict(dist=Uniform), TypeError, 'dist must be a distribution'),
 ])
 def test_smooth_labels_errors(kwargs, error, words):
     with pytest.raises(error, match=words): smooth_labels(torch.rand(2, 3), **kwargs)
@@ -171,7 +173,6 @@ def test_targets_are_not_changed():
     q = torch.rand(4, 3)
     before = q.clone()
     for c in CONVENTIONS: smooth_labels(q, .5, convention=c)
-    smooth_binary(q, .5)
     assert torch.equal(q, before)
 
 
@@ -188,12 +189,6 @@ def test_converted_eps_gives_the_same_targets(eps, n, source, to):
     close(smooth_labels(y, eps, n, convention=source), smooth_labels(y, other, n, convention=to))
 
 
-@given(st.floats(0, .5))
-def test_converted_binary_eps_gives_the_same_targets(eps):
-    y = torch.tensor([[0., 1., .3]])
-    close(smooth_binary(y, eps, 'complement'), smooth_binary(y, convert_eps(eps, 3, 'complement', 'half'), 'half'))
-
-
 @pytest.mark.parametrize('args', [(.1, 10, 'uniform', 'half'), (.1, 10, 'szegedy', 'uniform'), (.9, 10, 'uniform', 'classy'),
                                   (1., 10, 'uniform', 'classy'), (.6, 2, 'complement', 'half'), (.1, 1, 'others', 'uniform'),
                                   (1.1, 10, 'uniform', 'others')])
@@ -201,101 +196,46 @@ def test_convert_eps_errors(args):
     with pytest.raises(ValueError): convert_eps(*args)
 
 
-# -- binary
-
-@given(st.lists(st.lists(st.floats(0, 1) | st.just(math.nan), min_size=3, max_size=3), min_size=1, max_size=4), st.floats(0, 1),
-       st.sampled_from(['half', 'uniform', 'complement']), st.none() | st.floats(0, 1), st.none() | st.floats(0, 1))
-def test_binary_against_loop(rows, eps, convention, eps_pos, eps_neg):
-    s = smooth_binary(torch.tensor(rows), eps, convention, eps_pos, eps_neg)
-    expected = [[oracles.binary_entry(y, eps, convention, 3, eps_pos, eps_neg) for y in row] for row in rows]
-    np.testing.assert_allclose(s.numpy(), np.array(expected), rtol=1e-5, atol=1e-6)  # nan where nan
+@given(st.floats(0, 1), st.integers(2, 50), st.sampled_from(CONVENTIONS))
+def test_uniform_eps_gives_the_same_targets(eps, n, convention):
+    "Also above 1, where `convert_eps` refuses"
+    q = torch.rand(3, n, dtype=torch.float64)
+    e = uniform_eps(eps, convention, n)
+    close(smooth_labels(q, eps, convention=convention), (1-e)*q + e*q.sum(1, keepdim=True)/n)
 
 
-@pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int64, torch.float32])
-def test_binary_takes_any_multi_hot(dtype):
-    y = torch.tensor([[1, 0, 1]]).to(dtype)
-    close(smooth_binary(y, .2), torch.tensor([[.9, .1, .9]]))
-    assert smooth_binary(y, 0.).is_floating_point()
+def test_uniform_eps_errors():
+    with pytest.raises(ValueError, match='at least 2 classes'): uniform_eps(.1, 'others', 1)
+    with pytest.raises(ValueError, match='above -1'): uniform_eps(-1., 'classy', 3)
+    with pytest.raises(ValueError, match="'classy'"): uniform_eps(.1, 'half', 3)
 
 
-def test_binary_errors():
-    with pytest.raises(ValueError, match='holds 3'): smooth_binary(torch.tensor([3]))
-    with pytest.raises(ValueError, match="'half'"): smooth_binary(torch.rand(2), convention='others')
-    with pytest.raises(ValueError, match='eps_pos'): smooth_binary(torch.rand(2), eps_pos=2.)
+# -- checks that losses and the callback share
+
+def test_messages_name_values_shapes_and_what_would_fit():
+    assert 'Label 9 is outside [0, 4) for 4 classes and is not ignore_index=-100' in str(label_error(torch.tensor([0, -100, 9]), 4, -100))
+    assert 'ignore_index' not in str(label_error(torch.tensor([-100]), 4, None))
+    message = str(shape_error((2, 5, 4), (2, 5), 1, True))
+    assert 'want indices (2, 4) or a dense target (2, 5, 4), but got indices of shape (2, 5). axis=2 would fit.' in message
+    assert 'The target has 6 classes and the logits have 5' in str(shape_error((2, 5), (2, 6), 1, False))
+    assert check_axis(torch.ones(2, 3), -1) == 1
+    with pytest.raises(ValueError, match=r'Logits of shape \(2, 3\) have no axis 2'): check_axis(torch.ones(2, 3), 2)
+    with pytest.raises(TypeError, match='list'): check_axis([1.], 0)
+    with pytest.raises(ValueError, match="kind must be one of 'a', 'b', but got 'c'"): check_choice('c', ('a', 'b'), 'kind')
 
 
-# -- mixtures
-
-@st.composite
-def mixtures(draw, n=4, n_classes=3):
-    rest = draw(st.sampled_from([(), (2,), (2, 3)]))
-    axis = draw(st.sampled_from([1, -1]))
-    m = draw(st.integers(1, 3))
-    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    index = torch.randint(-1, n_classes, (n, m, *rest), generator=g)
-    index[index == -1] = -100
-    w = torch.rand((n, m, *([1]*len(rest) if draw(st.booleans()) else rest)), generator=g)
-    return MixedTarget(index, w, n_classes, axis)
+def test_per_class_lays_values_along_the_axis_or_looks_them_up():
+    like, value = torch.zeros(2, 3, 4, dtype=torch.float64), torch.tensor([1., 2., 3.])
+    assert per_class(.5, like, 1) == .5
+    close(like + per_class(value, like, 1), value[None, :, None].expand(2, 3, 4)), close(like.mT + per_class(value, like.mT, -1), value.expand(2, 4, 3))
+    assert per_class(value, like, 1, torch.tensor([[2, 0]])).tolist() == [[3., 1.]]
+    with pytest.raises(ValueError, match='weight has 2 values, but there are 3 classes'): per_class(value[:2], like, 1, name='weight')
+    with pytest.raises(ValueError, match=r'weight .* \(3, 1\)'): per_class(value[:, None], like, 1, name='weight')
 
 
-@given(mixtures(), st.data())
-def test_mixture_stands_for_its_dense_form(mix, data):
-    "Whatever sequence of lerp, indexing and other operations: the same as on the dense form"
-    dense = mix.dense()
-    for _ in range(data.draw(st.integers(1, 4))):
-        op = data.draw(st.sampled_from(['lerp', 'perm', 'slice', 'mask', 'mul', 'add', 'lerp_dense', 'pixels', 'inplace', 'to']))
-        perm = torch.randperm(len(dense), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
-        if op == 'lerp':
-            shape = data.draw(st.sampled_from([(len(dense),)+(1,)*(dense.ndim-1), (1,)*dense.ndim]))
-            w = torch.rand(shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).to(dense.dtype)
-            mix, dense = torch.lerp(mix[perm], mix, weight=w), torch.lerp(dense[perm], dense, weight=w)
-        elif op == 'perm': mix, dense = mix[perm], dense[perm]
-        elif op == 'slice': mix, dense = mix[:max(len(dense)-1, 1)], dense[:max(len(dense)-1, 1)]
-        elif op == 'mask':
-            mask = torch.arange(len(dense)) != 1
-            mix, dense = mix[mask], dense[mask]
-        elif op == 'mul': mix, dense = mix*2, dense*2
-        elif op == 'add': mix, dense = .5 + mix, .5 + dense
-        elif op == 'lerp_dense': mix, dense = torch.lerp(mix, dense.flip(0), .3), torch.lerp(dense, dense.flip(0), .3)
-        elif op == 'pixels':
-            w = torch.rand(dense.shape, generator=torch.Generator().manual_seed(7)).to(dense.dtype)
-            mix, dense = torch.lerp(mix, mix[perm], w), torch.lerp(dense, dense[perm], w)
-        elif op == 'inplace':
-            dense = dense.clone()
-            mix[0], dense[0] = 0., 0.
-        elif op == 'to': mix, dense = mix.to(torch.float64), dense.to(torch.float64)
-        assert tuple(mix.shape) == tuple(dense.shape) == tuple(mix.size()) and mix.ndim == dense.ndim and len(mix) == len(dense)
-        close(mix.dense() if isinstance(mix, MixedTarget) else mix, dense)
-
-
-def test_mixers_keep_a_mixture_sparse():
-    "The calls of fastai's MixUp and CutMix; a weight per image is not written out per pixel"
-    y = torch.randint(0, 150, (2, 1, 8, 8))
-    a = MixedTarget(y, torch.ones(2, 1), 150)
-    b = torch.lerp(a[torch.tensor([1, 0])], a, weight=torch.rand(2, 1, 1, 1))
-    b = torch.lerp(b[torch.tensor([1, 0])], b, weight=torch.rand(1, 1, 1, 1))
-    assert isinstance(b, MixedTarget) and b.is_sparse_mixture and b.indices.shape == (2, 4, 8, 8)
-    assert b._weights.shape == (2, 4, 1, 1) and b.weights.shape == (2, 4, 8, 8)
-
-
-def test_in_place_edit_of_a_mixture_is_kept():
-    a = MixedTarget(torch.tensor([[0], [1]]), torch.ones(2, 1), 2)
-    a.mul_(3)
-    close(a.dense(), 3*torch.eye(2))
-
-
-def test_mixture_gradient_reaches_the_weights():
-    w = torch.rand(2, 2, requires_grad=True)
-    MixedTarget(torch.tensor([[0, 1], [2, -100]]), w, 3).dense().pow(2).sum().backward()
-    close(w.grad, torch.tensor([[2., 2.], [2., 0.]])*w.detach())
-
-
-@pytest.mark.parametrize('args, words', [
-    ((torch.rand(2, 1), torch.ones(2, 1), 3), 'integer'), ((torch.tensor([0]), torch.ones(1), 3), r'\(N, m, \*\)'),
-    ((torch.zeros(2, 1).long(), torch.ones(3, 1), 3), 'do not fit'), ((torch.zeros(2, 1).long(), torch.ones(2, 1), 3, 0), 'axis=0')])
-def test_mixture_errors(args, words):
-    with pytest.raises(ValueError, match=words): MixedTarget(*args)
-
-
-def test_mixture_label_out_of_range():
-    with pytest.raises(ValueError, match='Label 5'): MixedTarget(torch.tensor([[5]]), torch.ones(1, 1), 3).dense()
+def test_dense_target_takes_shape_and_dtype_of_the_predictions():
+    z = torch.randn(2, 3, 4, dtype=torch.float64)
+    y = torch.tensor([[0, 2, 1, -100], [1, 1, 0, 2]])
+    q = dense_target(y, z, 1, -100)
+    assert q.dtype is torch.float64 and torch.equal(q, dense_target(y[:, None], z, 1, -100)) and torch.equal(q, dense_target(q.float(), z, 1, -100))
+    with pytest.raises(ValueError, match=r'\(2, 3, 4\).*\(1, 3, 4\)'): dense_target(y[:1], z, 1, -100)
