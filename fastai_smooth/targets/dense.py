@@ -56,7 +56,7 @@ def label_error(
     return ValueError(f"Label {y[bad].flatten()[0].item()} is outside [0, {n_classes}) for {n_classes} classes{also}, in a target of shape {tuple(y.shape)}. "
                       f"Check n_classes, or the outputs of the model{skip}.")
 
-def inside_classes(
+def check_labels(
     index:Tensor, # Class indices; those that are ignored are any class
     n_classes:int, # Number of classes
     ignore_index:int|None, # Label that means "ignored", for the message
@@ -146,7 +146,7 @@ def to_dense(
                          f"{-y.ndim-1} and {y.ndim}.")
     kept = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
     index,mass = y*kept,kept.to(torch.get_default_dtype())
-    inside = inside_classes(index, n_classes, ignore_index)
+    inside = check_labels(index, n_classes, ignore_index)
     if inside is not None: index,mass = index*inside,mass.masked_fill(~inside, torch.nan)
     shape = list(y.shape)
     shape.insert(axis % (y.ndim+1), n_classes)

@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .dense import base_tensor, inside_classes, is_index
+from .dense import base_tensor, check_labels, is_index
 
 # %% ../../nbs/01_targets.mixed.ipynb #6986595d
 def densified(o):
@@ -111,7 +111,7 @@ class MixtureForm(DenseOperators):
         if self.ignore_index is not None:
             kept = index != self.ignore_index
             index,w = index*kept,w*kept
-        inside = inside_classes(index, self.n_classes, self.ignore_index)
+        inside = check_labels(index, self.n_classes, self.ignore_index)
         if inside is not None: index,w = index*inside,w.masked_fill(~inside, torch.nan)
         return w.new_zeros(self.shape).scatter_add_(self.axis, index.movedim(1, self.axis), w.movedim(1, self.axis))
 
