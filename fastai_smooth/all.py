@@ -32,8 +32,9 @@ from .train import Recipe, recipe, recipes
 _all_ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'CalibrationInterpretation', 'TemperatureScaling',
          'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss',
          'digits', 'digit_masks', 'docstrings', 'embedded_table', 'mnist5k', 'multi_digits', 'corrupt_labels',
-         'ClassPrior', 'Distribution', 'Online', 'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy',
-         'smooth_cross_entropy', 'smooth_linear_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
+         'ClassPrior', 'Distribution', 'Online', 'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf',
+         'smooth_binary_cross_entropy', 'smooth_cross_entropy', 'smooth_linear_cross_entropy', 'LabelSmoothingBCE',
+         'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
          'CombinedLoss', 'EachClass', 'MultiTargetLoss',
          'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
          'Comparison', 'Recipe', 'recipe', 'recipes', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']

@@ -253,6 +253,8 @@ def per_class(
     value = value.to(like)
     return value.view([-1 if d == axis % like.ndim else 1 for d in range(like.ndim)]) if index is None else value[index]
 
+eps_along = per_class # the older name
+
 # %% ../../nbs/00_targets.dense.ipynb #eb995acf
 def smooth_labels(
     target:Tensor, # Index target (N, *), or dense or mixed target
