@@ -3,7 +3,7 @@
 from .base import Distribution, Mixture, check_distribution
 from .fixed import ClassPrior, Similarity, Taxonomy, Uniform, training_labels
 from .learned import Online, Teacher
-from .predicted import Zipf
+from .predicted import PossibleClasses, Zipf
 from .spatial import Spatial
 
-__all__ = ['ClassPrior', 'Distribution', 'Mixture', 'Online', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf']
+__all__ = ['ClassPrior', 'Distribution', 'Mixture', 'Online', 'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf']

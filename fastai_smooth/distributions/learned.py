@@ -8,6 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/distributions.learned.html.m
 __all__ = ['Online', 'Teacher']
 
 # %% ../../nbs/12_distributions.learned.ipynb #f1a50103
+import copy
 import math
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .base import Distribution, dense_of, in_single
 from .fixed import through
-from ..targets import base_tensor
+from ..targets import base_tensor, is_readable
 
 # %% ../../nbs/12_distributions.learned.ipynb #5b93464a
 class Online(Distribution):
@@ -45,13 +46,16 @@ class Online(Distribution):
         if labels.is_floating_point(): # dense labels: the class with the most mass, if there is any
             mass,labels = labels.movedim(axis, -1).sum(-1),labels.movedim(axis, -1).argmax(-1)
             labels = torch.where(mass > 0, labels, -1)
-        p,labels = z.reshape(-1, self._n_classes).float().softmax(-1),labels.reshape(-1).long()
-        if len(p) != len(labels): raise ValueError(f"Predictions of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}.")
-        self.follow(p)
-        right = (p.argmax(-1) == labels) & p.isfinite().all(-1) # ignored labels are never right
+        z,labels = z.reshape(-1, self._n_classes),labels.reshape(-1).long()
+        if len(z) != len(labels): raise ValueError(f"Predictions of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}.")
+        self.follow(z)
+        right = z.argmax(-1) == labels # ignored labels never are
+        if is_readable(z): z,labels,right = z[right],labels[right],right[right]
+        p = z.float().softmax(-1)
+        right = (right & p.isfinite().all(-1)).unsqueeze(-1)
         labels = labels.clamp(0, self._n_classes-1)
-        self.sums.index_add_(0, labels, (torch.where(right.unsqueeze(-1), p, 0.)*self.ONE).long())
-        self.counts.index_add_(0, labels, right.long())
+        self.sums.index_add_(0, labels, p.masked_fill_(~right, 0.).mul_(self.ONE).long())
+        self.counts.index_add_(0, labels, right.squeeze(-1).long())
 
     @torch.no_grad()
     def next_epoch(self):
@@ -81,7 +85,7 @@ class Online(Distribution):
 
 # %% ../../nbs/12_distributions.learned.ipynb #b61735ee
 class Teacher(Distribution):
-    "By the predictions of another model: distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531"
+    "By the predictions of another model: distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531. A pickle leaves the model out"
     def __init__(self,
         model, # An nn.Module or a fastai Learner that gives logits
         temperature:float=1., # Above 0: the larger, the softer
@@ -105,13 +109,36 @@ class Teacher(Distribution):
     def predict(self,
         inputs # A tensor, or the tuple of the inputs
     )->Tensor: # Logits
-        "The teacher's logits. The mode of each of its modules is put back"
+        "The teacher's logits, the first element of what a model with several outputs gives. The mode of each of its modules is put back"
+        self.check_model()
         modes = [(m, m.training) for m in self.model.modules()]
         try:
             self.model.eval()
-            with torch.no_grad(): return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
+            with torch.no_grad(): z = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
         finally:
             for m, training in modes: m.training = training
+        return z[0] if isinstance(z, (tuple, list)) and len(z) else z
+
+    def check_model(self):
+        "Raise a ValueError if the model was left out of a pickle"
+        if self.model is None:
+            raise ValueError(f"{self!r} has no model any more: pickles, such as that of learn.export, leave it out. Set its `.model` to go on training.")
+
+    def check_classes(self, n_classes):
+        self.check_model() # the callback asks at the start of a fit
+        super().check_classes(n_classes)
+
+    # nn.Module keeps its parts in `_modules`, and has no public way to leave one out of a pickle
+    def __getstate__(self): return {**vars(self), '_modules': {**self._modules, 'model': None}}
+    def __copy__(self): return self._with(dict(vars(self), _modules=dict(self._modules), _buffers=dict(self._buffers)))
+    def __deepcopy__(self, memo):
+        new = memo[id(self)] = self._with({})
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
+    def _with(self, state):
+        new = object.__new__(type(self))
+        new.__dict__.update(state)
+        return new
 
     def forward(self, target, axis=1, logits=None, inputs=None):
         q = dense_of(target, axis)
@@ -124,4 +151,5 @@ class Teacher(Distribution):
         q32 = in_single(q)
         return ((base_tensor(z).to(q32)/self.scale.to(q32)).softmax(axis)*q32.sum(axis, keepdim=True)).to(q.dtype)
 
-    def __repr__(self): return f'Teacher({type(self.model).__name__}, temperature={self.temperature:g})'
+    def __repr__(self):
+        return f'Teacher({None if self.model is None else type(self.model).__name__}, temperature={self.temperature:g})'

@@ -11,7 +11,7 @@ __all__ = ['binary_levels', 'smooth_binary']
 import torch
 from torch import Tensor
 
-from .dense import base_tensor, check_choice, check_eps, is_mixed, is_readable, label_error, per_class
+from .dense import base_tensor, check_choice, check_eps, is_mixed, is_readable, per_class, to_dense
 
 # %% ../../nbs/02_targets.binary.ipynb #a6f00105
 BINARY_CONVENTIONS = 'half', 'uniform', 'complement'
@@ -84,8 +84,6 @@ def binary_target(
     if target.is_floating_point() or target.dtype is torch.bool or not shape or tuple(target.shape) not in (rest, one):
         raise ValueError(f"Logits of shape {shape} want a multi-hot or dense target of the same shape, or indices of shape {rest}, "
                          f"but got {target.dtype} of shape {tuple(target.shape)}.")
-    index = target.reshape(one).long()
-    kept = index != -100
-    try: dense = logits.new_zeros(shape).scatter_(at, index*kept, 1.)
-    except (RuntimeError, IndexError): raise label_error(index, shape[at], -100) from None
-    return dense.masked_fill(~kept, torch.nan), True
+    y = target.reshape(rest)
+    dense = to_dense(y, shape[at], at).to(logits.dtype) # nan for a label outside the classes where it could not be read: inf, since nan is unknown here
+    return dense.masked_fill(dense.isnan(), torch.inf).masked_fill((y == -100).unsqueeze(at), torch.nan), True

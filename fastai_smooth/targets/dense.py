@@ -17,7 +17,9 @@ from torch import Tensor, nn
 # %% ../../nbs/00_targets.dense.ipynb #dedad9f1
 def base_tensor(x):
     "`x` without its tensor subclass: fastai's `TensorCategory`, `TensorMask` and the like dispatch slowly"
-    return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
+    if not isinstance(x, Tensor) or type(x) is Tensor: return x
+    # the tensors of torch.export, fake and distributed ones compute by a dispatch of their own, and are nothing without it
+    return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else x
 
 def is_index(
     y:Tensor # Any tensor
@@ -53,6 +55,17 @@ def label_error(
     also,skip = ('', '') if ignore_index is None else (f" and is not ignore_index={ignore_index}", f", or mark positions to skip with {ignore_index}")
     return ValueError(f"Label {y[bad].flatten()[0].item()} is outside [0, {n_classes}) for {n_classes} classes{also}, in a target of shape {tuple(y.shape)}. "
                       f"Check n_classes, or the outputs of the model{skip}.")
+
+def check_labels(
+    index:Tensor, # Class indices; those that are ignored are any class
+    n_classes:int, # Number of classes
+    ignore_index:int|None, # Label that means "ignored", for the message
+)->Tensor|None: # None where the labels are right, otherwise which of them are
+    "Raise the error for a label outside [0, `n_classes`) where values can be read, and tell which are inside where they cannot"
+    if not is_readable(index): return (index >= 0) & (index < n_classes)
+    if index.numel():
+        low,high = index.aminmax()
+        if low.item() < 0 or high.item() >= n_classes: raise label_error(index, n_classes, ignore_index)
 
 def check_axis(
     x:Tensor, # Logits, or a dense target
@@ -92,6 +105,16 @@ def shape_error(
     return ValueError(f"Logits of shape {shape} with the classes at axis {axis} want indices {without(axis)} or a dense target {shape}, "
                       f"but got {kind} of shape {target_shape}.{hint}")
 
+def check_not_nan(
+    q:Tensor, # Dense target
+    axis:int=1, # Class dimension
+):
+    "Raise a ValueError that names the first example with nan in a dense target, where values can be read"
+    if not q.numel() or not is_readable(q) or not q.isnan().any(): return
+    row = int(q.movedim(axis, -1).flatten(1).isnan().any(1).nonzero()[0])
+    raise ValueError(f"The dense target of shape {tuple(q.shape)} holds nan for the example {row}: only binary losses take nan, as unknown. "
+                     "Correct it, or set all classes of the position to 0 to ignore it.")
+
 def check_choice(
     value:str, # What was given
     choices, # What is known
@@ -122,11 +145,12 @@ def to_dense(
         raise ValueError(f"axis={axis} does not fit: for an index target of shape {tuple(y.shape)} the class axis lies between "
                          f"{-y.ndim-1} and {y.ndim}.")
     kept = torch.ones_like(y, dtype=torch.bool) if ignore_index is None else y != ignore_index
-    index,mass = (y*kept).unsqueeze(axis),kept.unsqueeze(axis).to(torch.get_default_dtype())
-    shape = list(index.shape)
-    shape[axis] = n_classes
-    try: return mass.new_zeros(shape).scatter_(axis, index, mass)
-    except (RuntimeError, IndexError): raise label_error(y, n_classes, ignore_index) from None
+    index,mass = y*kept,kept.to(torch.get_default_dtype())
+    inside = check_labels(index, n_classes, ignore_index)
+    if inside is not None: index,mass = index*inside,mass.masked_fill(~inside, torch.nan)
+    shape = list(y.shape)
+    shape.insert(axis % (y.ndim+1), n_classes)
+    return mass.new_zeros(shape).scatter_(axis, index.unsqueeze(axis), mass.unsqueeze(axis))
 
 # %% ../../nbs/00_targets.dense.ipynb #8d530610
 def dense_target(
@@ -229,7 +253,7 @@ def per_class(
     value = value.to(like)
     return value.view([-1 if d == axis % like.ndim else 1 for d in range(like.ndim)]) if index is None else value[index]
 
-eps_along = per_class
+eps_along = per_class # the older name
 
 # %% ../../nbs/00_targets.dense.ipynb #eb995acf
 def smooth_labels(
