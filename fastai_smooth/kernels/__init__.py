@@ -13,7 +13,7 @@ from .formulas import (
     without_ignored,
 )
 from .heads import smooth_linear_cross_entropy
-from .paths import binary_cross_entropy, cross_entropy, smooth_binary_cross_entropy, smooth_cross_entropy
+from .paths import binary_cross_entropy, binary_entries, cross_entropy, smooth_binary_cross_entropy, smooth_cross_entropy
 
 __all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy', 'smooth_linear_cross_entropy', 'smooth_cross_entropy_reference',
            'smooth_binary_cross_entropy_reference']

@@ -118,11 +118,12 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy. Shapes or labels that do not fit: ValueError"
-        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
+        axis = check_axis(pred, self.axis)
         args = (axis, self.weight, self.weight_by, self.ignore_index, self.reduction)
+        eps = uniform_eps(self.eps, self.convention, pred.shape[axis])
+        if self.dist is None and self.fast: return cross_entropy(pred, target, eps, *args)
+        logits = in_single_precision(pred)
         if self.dist is None:
-            eps = uniform_eps(self.eps, self.convention, pred.shape[axis])
-            if self.fast: return cross_entropy(logits, target, eps, *args)
             return cross_entropy_of_log_probs(self.log_probs(without_ignored(logits, target, axis, self.ignore_index), axis), target, eps, *args)
         check_dist(self.dist, self.convention)
         q = dense_target(target, logits, axis, self.ignore_index)
@@ -176,7 +177,7 @@ class MultiLabelSmoothingCrossEntropy(SoftmaxLoss):
         if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(base_tensor(y).to(logits.dtype))
         else: y = to_dense(y, pred.shape[axis], axis).to(logits.dtype)
         n = y.sum(axis, keepdim=True)
-        return cross_entropy(logits, y/n.where(n != 0, 1.), self.eps, axis, None, 'class', None, self.reduction)
+        return cross_entropy(pred, y/n.where(n != 0, 1.), self.eps, axis, None, 'class', None, self.reduction)
 
     def decodes(self,
         pred:Tensor # Probabilities

@@ -71,13 +71,14 @@ def test_weights_that_are_none(bad):
     z, y = batch()
     w = torch.tensor([1., bad, 1., 1.])
     for make in (lambda: CE(.1, w), lambda: LabelSmoothingFocal(.1, weight=w), lambda: LabelRelaxation(.1, w), lambda: LabelSmoothingBCE(.1, w),
-                 lambda: LabelSmoothingBCE(.1, pos_weight=w), lambda: smooth_cross_entropy(z, y, weight=w), lambda: smooth_cross_entropy_reference(z, y, weight=w),
+                 lambda: LabelSmoothingBCE(.1, pos_weight=w), lambda: smooth_cross_entropy(z, y, weight=w),
+                 lambda: smooth_cross_entropy_reference(z, y, weight=w),
                  lambda: smooth_binary_cross_entropy(z, y, weight=w), lambda: smooth_binary_cross_entropy_reference(z, y, pos_weight=w)):
         with pytest.raises(ValueError, match='weight must be finite and at least 0'): make()
 
 
-@pytest.mark.parametrize('loss', [CE(axis=1), CE(axis=1, weight=[1.]), LabelSmoothingFocal(axis=1), LabelRelaxation(axis=1), LabelSmoothingNLL(axis=1), LabelSmoothingDice(),
-                                  MultiLabelSmoothingCrossEntropy(axis=1), CE(axis=1, dist=Uniform())], ids=ids)
+@pytest.mark.parametrize('loss', [CE(axis=1), CE(axis=1, weight=[1.]), LabelSmoothingFocal(axis=1), LabelRelaxation(axis=1), LabelSmoothingNLL(axis=1),
+                                  LabelSmoothingDice(), MultiLabelSmoothingCrossEntropy(axis=1), CE(axis=1, dist=Uniform())], ids=ids)
 def test_one_logit_per_pixel(loss):
     with pytest.raises(ValueError, match='use LabelSmoothingBCE'): loss(torch.randn(2, 1, 4, 4), torch.rand(2, 1, 4, 4))
 
@@ -99,7 +100,8 @@ def test_penalties_of_a_class_that_is_ruled_out(kind, strength):
     total = 0.
     for row in z[:, :3].tolist():
         log_p = oracles.log_softmax_row(row)
-        total += {'margin': sum(max(0., max(row)-v-2.) for v in row)/K, 'maxsup': sum(max(row)-v for v in row)/K, 'confidence': sum(math.exp(v)*v for v in log_p)}[kind]
+        total += {'margin': sum(max(0., max(row)-v-2.) for v in row)/K, 'maxsup': sum(max(row)-v for v in row)/K,
+                  'confidence': sum(math.exp(v)*v for v in log_p)}[kind]
     x = z.clone().requires_grad_()
     loss = LogitPenalty(CE(0.), kind, strength, margin=2.)
     value = loss(x, y)
@@ -108,8 +110,8 @@ def test_penalties_of_a_class_that_is_ruled_out(kind, strength):
     assert x.grad.isfinite().all() and (x.grad[:, 3] == 0).all()
 
 
-@pytest.mark.parametrize('loss', [CE(0.), CE(0., [1., 2., 3., 4.]), LabelSmoothingFocal(0.), LabelSmoothingFocal(0., .5), LabelRelaxation(.1), LabelSmoothingDice(.1),
-                                  LogitPenalty(LabelSmoothingFocal(0.), 'confidence'), LabelSmoothingNLL(0.)], ids=ids)
+@pytest.mark.parametrize('loss', [CE(0.), CE(0., [1., 2., 3., 4.]), LabelSmoothingFocal(0.), LabelSmoothingFocal(0., .5), LabelRelaxation(.1),
+                                  LabelSmoothingDice(.1), LogitPenalty(LabelSmoothingFocal(0.), 'confidence'), LabelSmoothingNLL(0.)], ids=ids)
 def test_gradients_of_a_class_that_is_ruled_out(loss):
     "As without the class, in index and dense targets"
     z, y = batch(torch.float64)
@@ -204,8 +206,9 @@ class Model(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('strict', [False, True])
-@pytest.mark.parametrize('loss', [CE(.1, axis=1), CE(.1, [1., 2., 3., 4.], axis=1, dist=ClassPrior([1, 2, 3, 4])), LabelSmoothingBCE(.1), LabelSmoothingFocal(.1, axis=1),
-                                  LabelSmoothingNLL(.1, axis=1), LabelRelaxation(.1, axis=1), MultiLabelSmoothingCrossEntropy(.1, axis=1), EachClass(nn.CrossEntropyLoss()),
+@pytest.mark.parametrize('loss', [CE(.1, axis=1), CE(.1, [1., 2., 3., 4.], axis=1, dist=ClassPrior([1, 2, 3, 4])), LabelSmoothingBCE(.1),
+                                  LabelSmoothingFocal(.1, axis=1), LabelSmoothingNLL(.1, axis=1), LabelRelaxation(.1, axis=1),
+                                  MultiLabelSmoothingCrossEntropy(.1, axis=1), EachClass(nn.CrossEntropyLoss()),
                                   CombinedLoss(LabelSmoothingDice(), LogitPenalty(CE(axis=1), 'confidence'))], ids=ids)
 def test_exports(loss, strict):
     x, y = torch.randn(2, K, 3, 3), torch.randint(0, K, (2, 3, 3))
@@ -215,7 +218,8 @@ def test_exports(loss, strict):
         close(program.module()(2*x, target), model(2*x, target))
 
 
-@pytest.mark.parametrize('loss', [CE(.1), LabelSmoothingBCE(.1), LabelSmoothingFocal(.1), LabelRelaxation(.1), MultiLabelSmoothingCrossEntropy(.1), CE(.1, dist=Uniform())], ids=ids)
+@pytest.mark.parametrize('loss', [CE(.1), LabelSmoothingBCE(.1), LabelSmoothingFocal(.1), LabelRelaxation(.1),
+                                  MultiLabelSmoothingCrossEntropy(.1), CE(.1, dist=Uniform())], ids=ids)
 def test_compiled_losses_say_that_a_label_is_wrong(loss):
     "There it cannot be an error, and it must not be a number that looks good"
     z, y = batch()
