@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.gpu.html.md"""
 # %% auto #0
 __all__ = ['REPORTS', 'LabelReport', 'report_of', 'check_labels']
 
-# %% ../../nbs/22_kernels.gpu.ipynb #fd0ac37d
+# %% ../../nbs/22_kernels.gpu.ipynb #497dd0dd
 import importlib.util
 import math
 import warnings
@@ -21,7 +21,7 @@ from torch import Tensor
 from .formulas import REDUCTIONS, cross_entropy_of_log_probs, in_single_precision, in_transform
 from ..targets import MixedTarget, base_tensor, is_mixed, label_error
 
-# %% ../../nbs/22_kernels.gpu.ipynb #de59d7b0
+# %% ../../nbs/22_kernels.gpu.ipynb #3deb8b5f
 def collapse(
     sizes, # Sizes of neighbouring dimensions
     strides, # Their strides in memory
@@ -65,7 +65,7 @@ def view_of(
         class_axis = 1 if n_inner == 1 or k <= b else 0
         return View(split, n_inner, (*views[0], *views[1], *views[2]), class_axis, shape[axis] <= (SINGLE_ROWS if class_axis else SINGLE_TILES))
 
-# %% ../../nbs/22_kernels.gpu.ipynb #fe86b549
+# %% ../../nbs/22_kernels.gpu.ipynb #76f2d82b
 cached_view, cached_strides = lru_cache(1024)(view_of), lru_cache(1024)(view_strides)
 Plan = namedtuple('Plan', 'view n_blocks programs n_positions m options')
 
@@ -97,7 +97,7 @@ def plan_for(logits:Tensor, y:Tensor, coefficient:Tensor|None, axis:int)->Plan|N
     return plan_of(logits.shape, logits.stride(), y.stride(), None if coefficient is None else coefficient.stride(), axis,
                    0 if y.is_floating_point() else y.shape[axis], logits.element_size())
 
-# %% ../../nbs/22_kernels.gpu.ipynb #3e50580f
+# %% ../../nbs/22_kernels.gpu.ipynb #1c1993b1
 class LabelReport:
     "Where the kernels of a device note a label outside the classes"
     def __init__(self,
@@ -138,7 +138,7 @@ def check_labels(
     for d, report in list(REPORTS.items()):
         if device is None or d == torch.device(device): report.check()
 
-# %% ../../nbs/22_kernels.gpu.ipynb #9ec57dcb
+# %% ../../nbs/22_kernels.gpu.ipynb #7d461ea1
 def on_device_of(f):
     "Make the device of the first argument the current one for a call"
     def g(first, *args):
@@ -188,7 +188,7 @@ def launch_backward(logits, grad, y, coefficient, eps, weight, by_example, ignor
         MEAN=reduction == 'mean', EACH=each, EPS_AT=isinstance(at, Tensor), **plan.options)
     return g
 
-# %% ../../nbs/22_kernels.gpu.ipynb #fa533c0b
+# %% ../../nbs/22_kernels.gpu.ipynb #ec8a55aa
 def formula_of(logits, y, coefficient, eps, weight, by_example, ignore_index, axis, reduction)->Tensor:
     "The loss of a request by the formula"
     if coefficient is not None:
@@ -215,7 +215,7 @@ class SoftmaxLoss(torch.autograd.Function):
         else: g = launch_backward(logits, grad, *request, stats, result)
         return g, *[None]*(len(request))
 
-# %% ../../nbs/22_kernels.gpu.ipynb #3d30e350
+# %% ../../nbs/22_kernels.gpu.ipynb #e341f4a4
 # Optional, and not `Tensor|None`, is what every version of torch reads
 @torch.library.custom_op('fastai_smooth::softmax_loss', mutates_args=())
 def softmax_loss(logits:Tensor, y:Tensor, coefficient:Optional[Tensor], eps:Tensor, weight:Optional[Tensor], by_example:bool, # noqa: UP045
@@ -250,7 +250,7 @@ def backward_of_operator(ctx, grad, *_):
 
 softmax_loss.register_autograd(backward_of_operator, setup_context=keep_inputs)
 
-# %% ../../nbs/22_kernels.gpu.ipynb #9bb82e56
+# %% ../../nbs/22_kernels.gpu.ipynb #e7eabd3d
 MOST_COMPONENTS = 4 # of a mixture: two mixers in turn
 HALF_OR_SINGLE = torch.float32, torch.float16, torch.bfloat16
 
@@ -283,7 +283,7 @@ def softmax_fits(
     without_classes = shape[:axis] + shape[axis+1:]
     return target.shape in (without_classes, (*shape[:axis], 1, *shape[axis+1:])) or (target.ndim == 1 and len(target) == without_classes.numel())
 
-# %% ../../nbs/22_kernels.gpu.ipynb #8b301ad1
+# %% ../../nbs/22_kernels.gpu.ipynb #83d12d51
 AVAILABLE = {}
 
 def try_kernels(device:torch.device):
@@ -324,7 +324,7 @@ def gpu_takes(
     "Whether the kernels compute a softmax loss"
     return logits.is_cuda and softmax_fits(logits, *request) and kernels_work(logits.device.index)
 
-# %% ../../nbs/22_kernels.gpu.ipynb #03dafd4b
+# %% ../../nbs/22_kernels.gpu.ipynb #873329c7
 def gpu_cross_entropy(
     logits:Tensor, # (N, K, *) with the classes at `axis`, as the model made them: float32, float16 or bfloat16
     target, # Index, dense or mixed target
