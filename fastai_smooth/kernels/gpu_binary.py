@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.gpu_binary.html.md""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #86c10ae6
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #46b84e02
 import math
 from collections import namedtuple
 from functools import lru_cache
@@ -20,7 +20,7 @@ from .formulas import REDUCTIONS, binary_cross_entropy_of_logits, in_single_prec
 from .gpu import HALF_OR_SINGLE, collapse, kernels_work, on_device_of, report_of
 from ..targets import base_tensor
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #dea8522b
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #432fc906
 Layout = namedtuple('Layout', 'sizes strides flat wide')
 
 @lru_cache(1024)
@@ -50,7 +50,7 @@ def layout_of(
     padded = [[step[t] for step in steps] + [0]*(3-len(steps)) for t in range(len(strides))]
     return Layout(sizes, padded, flat, wide)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #7604f9fa
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #aeb823f6
 SIZE = 4096 # entries of a program
 
 def lay_out(logits, y, weight, pos_weight, off, on, index, *others):
@@ -102,7 +102,7 @@ def launch_binary_backward(logits, grad, y, weight, pos_weight, off, on, axis, r
                                     MEAN=reduction in ('mean', 'classes'), EACH=each, **options)
     return g
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #a7f93f5b
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #2ff53733
 def binary_formula(logits, y, weight, pos_weight, off, on, axis, reduction)->Tensor:
     "The loss of a request by the formula"
     z = in_single_precision(logits)
@@ -128,7 +128,7 @@ class BinaryLoss(torch.autograd.Function):
         else: g = launch_binary_backward(logits, grad, *request, result)
         return g, *[None]*len(request)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #2d528889
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #1b32469c
 @torch.library.custom_op('fastai_smooth::binary_loss', mutates_args=())
 def binary_loss(logits:Tensor, y:Tensor, weight:Optional[Tensor], pos_weight:Optional[Tensor], off:Tensor, on:Tensor, axis:int, # noqa: UP045
                 reduction:str)->tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def backward_of_binary_operator(ctx, grad, *_):
 
 binary_loss.register_autograd(backward_of_binary_operator, setup_context=keep_binary_inputs)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #857799c2
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #811e1c2a
 def as_entries(
     target:Tensor, # Multi-hot or dense target, or class indices
     shape, # Shape of the logits

@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.paths.html.md"""
 # %% auto #0
 __all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy']
 
-# %% ../../nbs/23_kernels.paths.ipynb #f85f59d1
+# %% ../../nbs/23_kernels.paths.ipynb #843891cf
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,10 +16,10 @@ from .cpu import cpu_binary_cross_entropy, cpu_cross_entropy
 from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, check_class_weight, check_several_classes, class_axis,
                                             cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, log_softmax, reduce)
 from .gpu import gpu_cross_entropy, gpu_takes
-from .gpu_binary import gpu_binary_cross_entropy, gpu_takes_binary
-from ..targets import base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps
+from .gpu_binary import as_entries, gpu_binary_cross_entropy, gpu_takes_binary
+from ..targets import base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, per_class
 
-# %% ../../nbs/23_kernels.paths.ipynb #cd2bb3b8
+# %% ../../nbs/23_kernels.paths.ipynb #a3d1a81f
 def path_of(
     logits:Tensor, # Logits
     index:Tensor|None, # Classes of the target, None for all in order
@@ -35,7 +35,7 @@ def path_of(
     if simple and logits.is_cpu and logits.dtype in (torch.float32, torch.float64): return 'cpu'
     return 'torch' if native else 'formula'
 
-# %% ../../nbs/23_kernels.paths.ipynb #10a119cd
+# %% ../../nbs/23_kernels.paths.ipynb #fdb7b403
 def torch_takes(
     logits:Tensor, # Logits in at least single precision
     eps, # Smoothing strength: a number or one per class
@@ -74,9 +74,9 @@ def torch_cross_entropy(
     if coefficient is not None: loss = loss + (known*0 if reduction == 'none' else (known*0).sum())
     return reduce(loss, known if weight is None else known*weight[index.squeeze(axis)], reduction)
 
-# %% ../../nbs/23_kernels.paths.ipynb #13f47f46
+# %% ../../nbs/23_kernels.paths.ipynb #8d8fc69b
 def cross_entropy(
-    logits:Tensor, # Logits of any floating dtype, (N, K, *)
+    logits:Tensor, # Logits as the model made them, (N, K, *)
     target, # Index, dense or mixed target
     eps, # Smoothing strength: a number or one per class
     axis:int, # Class dimension, not negative
@@ -86,21 +86,40 @@ def cross_entropy(
     reduction:str, # 'mean', 'sum' or 'none'
 )->Tensor: # Loss
     "Smoothed cross entropy of logits, by the path that suits"
-    logits = base_tensor(logits)
-    if gpu_takes(logits, target, eps, axis, weight, weight_by, reduction):
+    logits, index, coefficient, native = base_tensor(logits), None, None, False
+    formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
+    simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
+    on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
+    if not on_gpu:
+        logits = in_single_precision(logits)
+        index, coefficient, ignored = entries(logits, target, axis, ignore_index)
+        if (not simple or not logits.is_cpu) and index is not None and coefficient is None:
+            native = torch_takes(logits, eps, axis, weight, weight_by, reduction)
+    path = path_of(logits, index, coefficient, simple, native, on_gpu)
+    if path == 'formula': return formula(logits)
+    if path == 'triton':
         if isinstance(target, Tensor) and target.is_floating_point(): check_several_classes(logits.shape, axis)
         return gpu_cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
-    logits = in_single_precision(logits)
-    formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
-    index, coefficient, ignored = entries(logits, target, axis, ignore_index)
-    simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
-    native = not simple or not logits.is_cpu
-    if native: native = index is not None and coefficient is None and torch_takes(logits, eps, axis, weight, weight_by, reduction)
-    path = path_of(logits, index, coefficient, simple, native)
-    if path == 'formula': return formula(logits)
     if index is not None: index, coefficient = kept_entries(index, coefficient, logits.shape[axis], ignored, logits.dtype)
     if path == 'torch': return torch_cross_entropy(logits, index, coefficient, eps, axis, weight, reduction, formula)
     return cpu_cross_entropy(logits, index, coefficient, eps, axis, reduction == 'mean', formula)
+
+# %% ../../nbs/23_kernels.paths.ipynb #828aa1f9
+def cross_entropy_with(
+    logits:Tensor, # Logits as the model made them, (N, K, *)
+    q:Tensor, # Dense target in at least single precision
+    eps, # Smoothing strength: a number or one per class
+    received:Tensor, # What each class receives of the moved mass, of the shape of `q`
+    log_probs, # Gives log p of the logits, for the formula
+    axis:int, # Class dimension, not negative
+    weight:Tensor|None, # Class weights (K,)
+    weight_by:str, # 'class' or 'example'
+    reduction:str, # 'mean', 'sum' or 'none'
+)->Tensor: # Loss
+    "Cross entropy smoothed by a distribution, by the path that suits"
+    if weight is None and not received.requires_grad and gpu_takes(logits, q, 0., axis, None, weight_by, reduction):
+        return gpu_cross_entropy(logits, q - q*per_class(eps, q, axis) + received, 0., axis, None, weight_by, None, reduction)
+    return cross_entropy_of_log_probs(log_probs(), q, eps, axis, weight, weight_by, None, reduction, received)
 
 # %% ../../nbs/23_kernels.paths.ipynb #0afbe3f8
 def smooth_cross_entropy(
@@ -115,43 +134,45 @@ def smooth_cross_entropy(
     reduction:str='mean', # 'mean' over the weighted mass of the unsmoothed target, 'sum' or 'none' (one loss per position)
 )->Tensor: # Loss: 0-d, or (N, *) for 'none'
     "Cross entropy with uniform label smoothing, of index, dense or mixed targets. Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
-    eps = check_eps(eps)
-    axis = check_axis(logits, axis)
+    eps, axis = check_eps(eps), check_axis(logits, axis)
     check_class_weight(weight)
     return cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
 
-# %% ../../nbs/23_kernels.paths.ipynb #e4ebf51e
+# %% ../../nbs/23_kernels.paths.ipynb #4429e94f
+def single_like(
+    logits:Tensor # Logits
+)->Tensor: # One number, repeated
+    "A tensor of the shape and device of the logits in at least single precision, without memory of its own"
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.empty((), dtype=dtype, device=logits.device).expand(logits.shape)
+
 def binary_entries(
-    logits:Tensor, # Logits of any floating dtype
-    target, # Multi-hot or dense target of their shape, index target without the class dimension, or mixed target
+    logits:Tensor, # Logits as the model made them
+    target, # Multi-hot, dense, index or mixed target
     axis:int, # Class dimension
-)->tuple: # Logits and target for `binary_cross_entropy`; a tensor of the shape and at least single precision for `binary_levels`; whether the target was given as indices
-    "The inputs of a binary loss: on a GPU as they are, elsewhere in single precision and dense"
-    logits = base_tensor(logits)
-    if logits.is_cuda and isinstance(target, Tensor) and logits.is_floating_point():
-        y, at = base_tensor(target), axis % max(logits.ndim, 1)
-        was_index = y.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8) and y.numel() != logits.numel() and (
-            y.shape == logits.shape[:at] + logits.shape[at+1:])
-        if was_index or y.shape == logits.shape:
-            return logits, y, logits.new_empty((), dtype=torch.promote_types(logits.dtype, torch.float32)).expand(logits.shape), was_index
+)->tuple: # Logits and target for `binary_cross_entropy`, and whether the target was given as indices
+    "Logits and target as they are where the kernels of a GPU take them, else in single precision and dense. A shape that does not fit: ValueError"
+    if isinstance(target, Tensor) and logits.ndim and gpu_takes_binary(logits, target, None, None, 'mean', 0., 1., axis % logits.ndim):
+        y = as_entries(base_tensor(target), logits.shape, axis % logits.ndim)
+        return base_tensor(logits), y, y.ndim < logits.ndim
     logits = in_single_precision(logits)
-    y, was_index = binary_target(logits, target, axis)
-    return logits, y, y, was_index
+    return logits, *binary_target(logits, target, axis)
 
 def binary_cross_entropy(
     logits:Tensor, # Logits from `binary_entries`
-    target:Tensor, # Target from `binary_entries`, nan where unknown
+    target:Tensor, # Target from there: of the same shape, nan where unknown
     weight:Tensor|None, # Factor, broadcast against the logits
     pos_weight:Tensor|None, # Factor of the positive term, broadcast against the logits
     reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the classes, then the mean over the rows
     off=0., # What smoothing makes of a label 0: a number, or a tensor broadcast against the logits
     on=1., # What it makes of a label 1
-    axis:int=-1, # Class dimension
+    axis:int=-1, # Class dimension, for 'classes'
 )->Tensor: # Loss
     "Binary cross entropy of the known entries of the smoothed target, by the path that suits"
-    request = target, weight, pos_weight, reduction, off, on, axis % max(logits.ndim, 1)
-    if gpu_takes_binary(logits, *request): return gpu_binary_cross_entropy(logits, *request)
-    if logits.is_cuda:
+    if logits.ndim:
+        request = target, weight, pos_weight, reduction, off, on, axis % logits.ndim
+        if gpu_takes_binary(logits, *request): return gpu_binary_cross_entropy(logits, *request)
+    if logits.is_cuda: # with weights that are not for the kernels
         logits = in_single_precision(logits)
         target, _ = binary_target(logits, target, axis)
     formula = lambda z: binary_cross_entropy_of_logits(z, target, weight, pos_weight, reduction, off, on, axis)
@@ -176,5 +197,6 @@ def smooth_binary_cross_entropy(
     check_choice(reduction, REDUCTIONS, 'reduction')
     check_class_weight(weight), check_class_weight(pos_weight, 'pos_weight')
     axis = class_axis(logits, axis)
-    logits, y, like, _ = binary_entries(logits, target, axis)
-    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *binary_levels(eps, convention, None, None, like, axis), axis)
+    logits, y, _ = binary_entries(logits, target, axis)
+    levels = binary_levels(eps, convention, None, None, single_like(logits), axis)
+    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *levels, axis)

@@ -138,7 +138,7 @@ def test_labels():
     single = logits(3, 1)
     assert loss_of(single, torch.tensor([0, 1, 1], device=DEVICE)) == loss_of(single, torch.tensor([[0.], [1.], [1.]], device=DEVICE))
     loss_of(z, torch.tensor([0, 7, 1], device=DEVICE)).item()
-    with pytest.raises(ValueError, match=r"Label 7 is outside \[0, 5\)"): gpu.check_labels()
+    with pytest.raises(ValueError, match=r"Label 7 is outside \[0, 5\)"): gpu.check_reported_labels()
 
 
 def test_double_backward():
