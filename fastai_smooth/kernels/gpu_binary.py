@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.gpu_binary.html.md""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #46b84e02
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #20de92bb
 import math
 from collections import namedtuple
 from functools import lru_cache
@@ -20,7 +20,7 @@ from .formulas import REDUCTIONS, binary_cross_entropy_of_logits, in_single_prec
 from .gpu import HALF_OR_SINGLE, collapse, kernels_work, on_device_of, report_of
 from ..targets import base_tensor
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #432fc906
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #9cd54a36
 Layout = namedtuple('Layout', 'sizes strides flat wide')
 
 @lru_cache(1024)
@@ -50,7 +50,7 @@ def layout_of(
     padded = [[step[t] for step in steps] + [0]*(3-len(steps)) for t in range(len(strides))]
     return Layout(sizes, padded, flat, wide)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #aeb823f6
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #e7fcc214
 SIZE = 4096 # entries of a program
 
 def lay_out(logits, y, weight, pos_weight, off, on, index, *others):
@@ -102,7 +102,7 @@ def launch_binary_backward(logits, grad, y, weight, pos_weight, off, on, axis, r
                                     MEAN=reduction in ('mean', 'classes'), EACH=each, **options)
     return g
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #2ff53733
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #004d8f6e
 def binary_formula(logits, y, weight, pos_weight, off, on, axis, reduction)->Tensor:
     "The loss of a request by the formula"
     z = in_single_precision(logits)
@@ -128,7 +128,7 @@ class BinaryLoss(torch.autograd.Function):
         else: g = launch_binary_backward(logits, grad, *request, result)
         return g, *[None]*len(request)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #1b32469c
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #1c01b0a6
 @torch.library.custom_op('fastai_smooth::binary_loss', mutates_args=())
 def binary_loss(logits:Tensor, y:Tensor, weight:Optional[Tensor], pos_weight:Optional[Tensor], off:Tensor, on:Tensor, axis:int, # noqa: UP045
                 reduction:str)->tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def backward_of_binary_operator(ctx, grad, *_):
 
 binary_loss.register_autograd(backward_of_binary_operator, setup_context=keep_binary_inputs)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #811e1c2a
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #1c164fb3
 def as_entries(
     target:Tensor, # Multi-hot or dense target, or class indices
     shape, # Shape of the logits
@@ -189,12 +189,16 @@ def binary_fits(
     if not isinstance(target, Tensor) or target.device != logits.device or target.is_complex() or target.requires_grad: return False
     y = as_entries(target, shape, axis)
     if y is None: return False
-    for t in (weight, pos_weight, off, on):
-        if t is None or isinstance(t, (int, float)): continue
+    tensors = [t for t in (weight, pos_weight, off, on) if isinstance(t, Tensor)]
+    for t in tensors:
         if t.requires_grad or not t.is_floating_point() or t.device != logits.device or t.ndim > len(shape): return False
         if any(a not in (1, b) for a, b in zip(t.shape[::-1], shape[::-1])): return False
     # a slice with gaps: its gradient would have them, too
-    if logits.numel() != sum((n-1)*s for n, s in zip(shape, logits.stride())) + 1: return False
+    if logits.numel() != sum([(n-1)*s for n, s in zip(shape, logits.stride())]) + 1: return False
+    if torch.compiler.is_compiling(): # strides may be symbols: what surely needs no more than three dimensions
+        uneven = [t.shape for t in tensors if t.shape != shape and t.numel() > 1]
+        few = all([s == uneven[0] and len([n for n in s if n != 1]) == 1 for s in uneven])
+        return few and logits.is_contiguous() and y.is_contiguous() and all([t.is_contiguous() for t in tensors])
     index = axis if y.ndim < logits.ndim else None
     return lay_out(logits, y, weight, pos_weight, off, on, index, logits, logits if reduction == 'none' else None)[0] is not None
 

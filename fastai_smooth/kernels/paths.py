@@ -104,7 +104,7 @@ def cross_entropy(
     if path == 'torch': return torch_cross_entropy(logits, index, coefficient, eps, axis, weight, reduction, formula)
     return cpu_cross_entropy(logits, index, coefficient, eps, axis, reduction == 'mean', formula)
 
-# %% ../../nbs/23_kernels.paths.ipynb #828aa1f9
+# %% ../../nbs/23_kernels.paths.ipynb #99491f2e
 def cross_entropy_with(
     logits:Tensor, # Logits as the model made them, (N, K, *)
     q:Tensor, # Dense target in at least single precision

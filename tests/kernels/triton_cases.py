@@ -386,6 +386,22 @@ def test_losses_take_the_kernels(dtype, kernels_chosen):
         torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
 
 
+@pytest.mark.parametrize('loss', (LabelSmoothingCrossEntropy(.2, axis=1), LabelSmoothingBCE(.2)))
+def test_losses_compile_with_batches_of_any_size(loss, kernels_chosen, monkeypatch):
+    for name, module in (('gpu_cross_entropy', gpu), ('gpu_binary_cross_entropy', gpu_binary)): monkeypatch.setattr(paths, name, getattr(module, name))
+    torch.compiler.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(lambda z, y: loss(2*z, y), fullgraph=True, backend=graphs)
+    for n in (3, 4, 6):
+        z, y = logits(n, 5).requires_grad_(), torch.rand(n, 5).to(DEVICE)
+        x = z.detach().clone().requires_grad_()
+        compiled(z, y).backward()
+        loss(2*x, y).backward()
+        torch.testing.assert_close(z.grad, x.grad)
+    assert graphs.frame_count <= 2  # the second is for any size
+    torch.compiler.reset()
+
+
 def test_a_label_outside_reaches_the_user_of_a_loss(kernels_chosen):
     z, y, loss = logits(3, 5), torch.tensor([0, 9, 1], device=DEVICE), LabelSmoothingCrossEntropy()
     loss(z, y).item()
