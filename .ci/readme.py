@@ -10,12 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def cell_lines(cell):
-    "The Markdown of one cell: prose as it is, code fenced, text outputs as quoted blocks"
+    "The Markdown of one cell: prose as it is, code fenced (unless `echo: false`), text outputs as quoted blocks"
     if cell.cell_type == 'markdown': return [cell.source, '']
     lines = cell.source.split('\n')
-    directives = {line[2:].strip().split(':')[0].split()[0] for line in lines if line.startswith('#|') and line[2:].strip()}
+    directives = {''.join(line[2:].split()) for line in lines if line.startswith('#|')}
     if 'hide' in directives: return []
-    res = ['```python', '\n'.join(line for line in lines if not line.startswith('#|')).strip(), '```', '']
+    code = '\n'.join(line for line in lines if not line.startswith('#|')).strip()
+    res = [] if 'echo:false' in directives else ['```python', code, '```', '']
     for output in cell.get('outputs', []):
         text = output.get('text') if output['output_type'] == 'stream' and output.get('name') == 'stdout' else output.get('data', {}).get('text/plain')
         if text: res += ['```', ''.join(text).split('\r')[-1].strip(), '```', ''] # the last state of a progress bar

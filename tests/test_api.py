@@ -1,21 +1,14 @@
-"The contract: the names that users write, their parameters and defaults; and what readers of the methods are told"
+"The contract: the names that users write, their parameters and defaults"
 import argparse
-import importlib
 import inspect
-import re
-from pathlib import Path
 
 import pytest
-from fastai.callback.core import Callback
 from fastai.learner import Learner, Metric
-from fastcore.docments import docments
-from torch import Tensor, nn
+from torch import nn
 
 import fastai_smooth.all as exported
 from fastai_smooth.cli import _parser
 
-ROOT = Path(__file__).resolve().parent.parent
-MODULES = ['.'.join(p.relative_to(ROOT).with_suffix('').parts) for p in sorted((ROOT/'fastai_smooth').rglob('*.py')) if not p.stem.startswith('_')]
 CROSS_ENTROPY = "eps=.1, weight=None, reduction='mean', *, axis=-1, ignore_index=-100, dist=None, convention='uniform', weight_by='class'"
 # what is promised may only be added to: parameters by keyword, or behind the last one
 CONTRACT = {
@@ -132,32 +125,3 @@ def test_names_in_the_table_and_options_of_the_command():
     assert set(commands) >= {'compare', 'train', 'calibrate', 'list'}
     has = vars(_parser().parse_args(['compare']))
     assert {'methods', 'arch'} <= set(has) and {k: has[k] for k in OPTIONS} == OPTIONS
-
-
-def test_what_is_exported_is_documented_where_it_is_defined():
-    for name in exported.__all__:
-        obj = getattr(exported, name)
-        if callable(obj): assert inspect.getmodule(obj).__name__.startswith('fastai_smooth.') and inspect.getdoc(obj), name
-
-
-def methods():
-    "Public methods that a public class is the first to have: not overrides, not fastai's events, not torch's protocol"
-    for m in MODULES:
-        mod = importlib.import_module(m)
-        for name in getattr(mod, '__all__', ()):
-            cls = getattr(mod, name)
-            if not isinstance(cls, type) or cls.__module__ != m or cls.__name__ != name: continue
-            for k, v in vars(cls).items():
-                f = v.__func__ if isinstance(v, (classmethod, staticmethod)) else v
-                known = [*cls.__mro__[1:], Tensor, nn.Module, Callback, Metric]
-                if k[0] == '_' or not inspect.isfunction(f) or re.match('(before|after)_', k) or any(hasattr(b, k) for b in known): continue
-                yield f'{m.removeprefix("fastai_smooth.")}.{name}.{k}', f, cls
-
-
-@pytest.mark.parametrize('name, f, cls', list(methods()), ids=lambda o: o if isinstance(o, str) else '')
-def test_public_methods_are_documented(name, f, cls):
-    assert f.__doc__, f'{name} has no docstring'
-    if cls.__name__ not in exported.__all__: return
-    told = docments(f)
-    missing = [k for k, p in parameters(f).items() if not told.get(k) and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    assert not missing, f'{name}: no docment for {missing}'

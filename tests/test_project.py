@@ -1,84 +1,112 @@
-"The project's own rules: settings, layers, light import, README, what the text must not hold"
+"The project's own rules: the order of the rooms, sizes, settings, light imports, documentation, what the text must not hold"
 import ast
 import configparser
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fastai.callback.core import Callback
+from fastai.learner import Metric
+from fastcore.docments import docments
+from torch import Tensor, nn
 
 try: import tomllib
 except ImportError: import tomli as tomllib
 
 import fastai_smooth
+import fastai_smooth.all as exported
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [p for p in (ROOT/'fastai_smooth').glob('**/*.py') if not p.stem.startswith('_')]
-MODULES = sorted('.'.join(p.relative_to(ROOT/'fastai_smooth').with_suffix('').parts) for p in FILES)
-# which module may import which of ours
-LAYERS = {
-    'targets': set(), 'distributions': {'targets'}, 'kernels': set(), 'losses': {'targets', 'distributions', 'kernels'},
-    'callback': {'targets', 'distributions', 'kernels', 'losses'}, 'noise': {'targets'}, 'data': set(),
-    'calibration.metrics': set(), 'calibration.predictions': {'calibration.metrics'},
-    'calibration.temperature': {'calibration.metrics', 'calibration.predictions'},
-    'calibration.interpretation': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature'},
-    'calibration.eps_find': {'calibration.metrics', 'calibration.predictions', 'calibration.temperature', 'callback', 'distributions', 'losses'},
-    'sources': {'data'},
-    'recipes.models': {'sources'}, 'recipes.files': set(), 'recipes.methods': {'callback', 'distributions'}, 'recipes.scores': {'calibration'},
-    'recipes.report': {'calibration', 'callback', 'targets', 'recipes.scores'},
-    'recipes.comparison': {'noise', 'sources', 'recipes.files', 'recipes.methods', 'recipes.models', 'recipes.report', 'recipes.scores'},
-    'recipes.blocks': {'data', 'sources'},
-    'recipes.registry': {'calibration', 'callback', 'data', 'distributions', 'losses', 'sources', 'recipes.blocks', 'recipes.models'},
-    'recipes.checkpoints': set(), 'recipes.processes': set(),
-    'recipes.training': {'calibration', 'recipes.checkpoints', 'recipes.files', 'recipes.processes', 'recipes.registry', 'recipes.training_report', 'sources'},
-    'recipes.training_report': {'calibration', 'recipes.report'},
-    'cli': {'recipes', 'recipes.training'}}
-TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}
+NOTEBOOKS = {p.stem.split('_', 1)[1]: p for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))}  # in their order, by the name of the module
+MODULES = list(NOTEBOOKS)
+TORCH_ONLY = {'targets', 'distributions', 'kernels', 'losses'}  # rooms that a script without fastai imports
+USERS_HAVE_THEM = {'matplotlib', 'fastai', 'numpy'}  # only inside functions of these rooms that draw, or take what fastai made
+HAND_WRITTEN = {'noise', 'recipes'}  # thin packages under older names
+LINES, CELL_LINES = 380, 100  # of a module and of one exported cell
 
 
-def source_of(module): return (ROOT/'fastai_smooth'/f'{module.replace(".", "/")}.py').read_text()
+def source_of(module): return (ROOT/'fastai_smooth'/f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')
+def cells_of(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+def text_of(cell): return ''.join(cell['source'])
+def room_of(module): return module.split('.')[0]
 
 
-def imports(module):
-    "All modules imported anywhere in a file, ours as `.name`"
-    found = set()
-    for node in ast.walk(ast.parse(source_of(module))):
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+def imported(tree, inside=()):
+    "The modules that a syntax tree imports, as (absolute name, whether inside a function); `inside` is the package of relative ones"
+    found = []
+    def visit(node, deep):
+        if isinstance(node, ast.Import): found.extend((a.name, deep) for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            inside = 'fastai_smooth.'+module
-            name = ('.'.join(inside.split('.')[:-node.level]) + '.' if node.level else '') + (node.module or '')
-            found.add(name.replace('fastai_smooth.', '.') if name.startswith('fastai_smooth.') else name)
+            base = list(inside[:len(inside)-node.level+1]) if node.level else []
+            name = '.'.join([*base, *([node.module] if node.module else [])])
+            found.append((name, deep))
+        for child in ast.iter_child_nodes(node): visit(child, deep or isinstance(node, (ast.FunctionDef, ast.Lambda)))
+    visit(tree, False)
     return found
 
 
+def test_each_notebook_writes_the_module_of_its_name_and_no_module_lacks_one():
+    written = [m.group(1) for p in NOTEBOOKS.values() for c in cells_of(p) if (m := re.search(r'^#\| *default_exp +(\S+)', text_of(c), re.M))]
+    assert written == MODULES
+    files = ['.'.join(p.relative_to(ROOT/'fastai_smooth').with_suffix('').parts) for p in (ROOT/'fastai_smooth').rglob('*.py')]
+    assert sorted(f for f in files if not f.split('.')[-1].startswith('_')) == sorted(MODULES)
+
+
 @pytest.mark.parametrize('module', [m for m in MODULES if m != 'all'])
-def test_layers(module):
-    ours = {n[1:] for n in imports(module) if n.startswith('.') and n != '.'}
-    assert ours <= LAYERS[module]
-    if module in TORCH_ONLY:
-        allowed = {'torch', 'math', 'operator', 'numbers', 'inspect', 'collections', 'types'}
-        if module == 'distributions': allowed |= {'matplotlib', 'fastai', 'numpy'}  # inside `plot` and `from_dls`, whose users have them
-        assert {n.split('.')[0] for n in imports(module) if not n.startswith('.')} <= allowed
+def test_a_module_imports_only_earlier_ones(module):
+    earlier = MODULES[:MODULES.index(module)]
+    inside = ('fastai_smooth', *module.split('.')[:-1])
+    for name, deep in imported(ast.parse(source_of(module)), inside):
+        top, _, ours = name.partition('.')
+        if top != 'fastai_smooth':
+            if room_of(module) in TORCH_ONLY and top not in sys.stdlib_module_names | {'torch', 'triton'}:
+                assert deep and top in USERS_HAVE_THEM, f'{module} imports {name}'
+        elif ours:
+            of_room = [m for m in MODULES if room_of(m) == room_of(ours)]
+            if room_of(ours) == room_of(module): assert ours in earlier, f'{module} imports the later {ours}'
+            else: assert of_room and all(m in earlier for m in of_room) and ours == room_of(ours), f'{module} imports {ours}: of another room, its package, and an earlier one'
 
 
-def notebook_of(module): return next(p for p in (ROOT/'nbs').glob('[0-9]*.ipynb') if f'default_exp {module}"' in p.read_text())
+def test_no_notebook_imports_a_later_room():
+    for module, path in NOTEBOOKS.items():
+        for cell in cells_of(path):
+            if cell['cell_type'] != 'code' or module == 'all': continue
+            for name in re.findall(r'^\s*(?:from|import)\s+fastai_smooth\.([\w.]+)', text_of(cell), re.M):
+                later = [m for m in MODULES[MODULES.index(module)+1:] if m == name or (room_of(m) == name != room_of(module))]
+                assert not later and (name != 'all' or module == 'cli'), f'{path.name} imports {name}'
 
 
-def test_no_star_imports_and_every_notebook_has_its_module():
-    for m in MODULES:
-        text = source_of(m)
-        assert 'import *' not in text and 'AUTOGENERATED' in text
-    assert sorted(notebook_of(m).name for m in MODULES) == sorted(p.name for p in (ROOT/'nbs').glob('[0-9]*.ipynb'))
+def test_modules_and_export_cells_are_short():
+    long = {m: n for m in MODULES if (n := len(source_of(m).splitlines())) > LINES}
+    assert not long, f'modules of more than {LINES} lines: {long}'
+    cells = {(p.name, c['id']): n for p in NOTEBOOKS.values() for c in cells_of(p)
+             if re.match(r'#\| *exporti?\b', text_of(c)) and (n := len(text_of(c).splitlines())) > CELL_LINES}
+    assert not cells, f'exported cells of more than {CELL_LINES} lines: {cells}'
+
+
+def test_no_star_imports():
+    for p in (ROOT/'fastai_smooth').rglob('*.py'): assert 'import *' not in p.read_text(encoding='utf-8'), p
+
+
+def test_packages_show_what_their_modules_export():
+    for room in {room_of(m) for m in MODULES if '.' in m}:
+        package = importlib.import_module(f'fastai_smooth.{room}')
+        assert inspect.getdoc(package) and package.__all__
+        hidden = [n for n in package.__all__ if not hasattr(package, n)]
+        assert not hidden, f'{room} promises {hidden}'
+    for room in HAND_WRITTEN: assert importlib.import_module(f'fastai_smooth.{room}').__all__
 
 
 def test_settings_ini_equals_pyproject():
     config = configparser.ConfigParser()
     config.read(ROOT/'settings.ini')
-    s, toml = config['DEFAULT'], tomllib.loads((ROOT/'pyproject.toml').read_text())
+    s, toml = config['DEFAULT'], tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))
     p, nbdev = toml['project'], toml['tool']['nbdev']
     assert s['lib_name'] == p['name'] and s['description'] == p['description'] and s['version'] == fastai_smooth.__version__
     assert f">={s['min_python']}" == p['requires-python'] and s['author'] == p['authors'][0]['name']
@@ -89,13 +117,16 @@ def test_settings_ini_equals_pyproject():
     assert [s['console_scripts']] == [f'{k}={v}' for k, v in p['scripts'].items()]
     for k in ('lib_path', 'nbs_path', 'doc_path', 'branch', 'readme_nb'): assert s[k] == nbdev[k]
     assert p['urls']['Repository'].endswith(f"{s['user']}/{s['repo']}")
+    assert not [d for d in [*p['dependencies'], *extras['dev'], *extras['all']] if '<' in d or '==' in d], 'an upper limit on a dependency'
 
 
+@pytest.mark.processes
 def test_import_is_light():
     code = "import sys, fastai_smooth; print(sorted({'torch', 'fastai', 'numpy', 'timm', 'sklearn', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 
+@pytest.mark.processes
 def test_all_replaces_fastais_names_and_nothing_else():
     code = ("from fastai.vision.all import *\nbefore = dict(globals())\nfrom fastai_smooth.all import *\n"
             "print(sorted(k for k in before if before[k] is not globals()[k]))")
@@ -104,7 +135,7 @@ def test_all_replaces_fastais_names_and_nothing_else():
 
 
 def public():
-    "Every public function, class and method of ours"
+    "Every public function and class of ours: its module, its name, itself"
     for m in MODULES:
         mod = importlib.import_module(f'fastai_smooth.{m}')
         for name in mod.__all__:
@@ -112,22 +143,55 @@ def public():
             if m != 'all' and callable(obj): yield m, name, obj
 
 
-@pytest.mark.parametrize('module, name, obj', list(public()), ids=lambda o: o if isinstance(o, str) else '')
-def test_public_names_are_documented(module, name, obj):
-    assert inspect.getdoc(obj), f'{name} has no docstring'
+def lacks_of(module, name, obj):
+    "What is missing of the documentation of a public function or class"
+    if not inspect.getdoc(obj): yield f'{name} has no docstring'
     own_init = inspect.isclass(obj) and '__init__' in vars(obj) and not dataclasses.is_dataclass(obj)
     source = inspect.getsource(obj.__init__ if own_init else obj)
     if dataclasses.is_dataclass(obj): source = '\n'.join(inspect.getsource(c) for c in obj.__mro__ if dataclasses.is_dataclass(c))  # fields are inherited
-    parameters = [p for p in inspect.signature(obj).parameters.values()] if inspect.isfunction(obj) or inspect.isclass(obj) else []
+    parameters = list(inspect.signature(obj).parameters.values()) if inspect.isfunction(obj) or inspect.isclass(obj) else []
     for p in parameters:  # a docment: a comment on the line of the parameter
         if inspect.isclass(obj) and '__init__' not in vars(obj): break
-        assert re.search(rf'^\s*\*{{0,2}}{p.name}\b.*#', source, re.M), f'{name}({p.name}) has no docment'
-    notebook = notebook_of(module).read_text()
-    assert notebook.count(name) > 1, f'{name} is not used or mentioned in its notebook'
+        if not re.search(rf'^\s*\*{{0,2}}{p.name}\b.*#', source, re.M): yield f'{name}({p.name}) has no docment'
+    shown = [c for c in cells_of(NOTEBOOKS[module]) if not re.match(r'#\| *exporti?\b', text_of(c))]
+    if not any(re.search(rf'\b{name}\b', text_of(c)) for c in shown): yield f'{name} is neither used nor explained in its notebook'
 
 
+def test_public_names_are_documented():
+    missing = [f'{m}: {lack}' for m, name, obj in public() for lack in lacks_of(m, name, obj)]
+    assert not missing, '\n'.join(missing)
+
+
+def methods():
+    "Public methods that a public class is the first to have: not overrides, not fastai's events, not torch's protocol"
+    for m, name, cls in public():
+        if not isinstance(cls, type) or cls.__name__ != name: continue
+        for k, v in vars(cls).items():
+            f = v.__func__ if isinstance(v, (classmethod, staticmethod)) else v
+            known = [*cls.__mro__[1:], Tensor, nn.Module, Callback, Metric]
+            if k[0] == '_' or not inspect.isfunction(f) or re.match('(before|after)_', k) or any(hasattr(b, k) for b in known): continue
+            yield f'{m}.{name}.{k}', f, cls
+
+
+def test_public_methods_are_documented():
+    missing = [f'{name} has no docstring' for name, f, _ in methods() if not f.__doc__]
+    for name, f, cls in methods():
+        if cls.__name__ not in exported.__all__: continue
+        told = docments(f)
+        missing += [f'{name}: no docment for {k}' for k, p in inspect.signature(f).parameters.items()
+                    if k not in ('self', 'cls') and not told.get(k) and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    assert not missing, '\n'.join(missing)
+
+
+@pytest.mark.processes
 def test_readme_is_the_index():
     subprocess.run([sys.executable, str(ROOT/'.ci'/'readme.py'), '--check'], check=True)
+
+
+def test_the_sidebar_lists_every_notebook_in_order():
+    listed = re.findall(r'- (\S+\.ipynb)', (ROOT/'nbs'/'sidebar.yml').read_text(encoding='utf-8'))
+    assert [n for n in listed if n[0].isdigit()] == [p.name for p in NOTEBOOKS.values()]
+    assert {n for n in listed if not n[0].isdigit()} == {'index.ipynb', *(f'tutorials/{p.name}' for p in (ROOT/'nbs'/'tutorials').glob('*.ipynb'))}
 
 
 def test_no_machine_paths_or_addresses():
