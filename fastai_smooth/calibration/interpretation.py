@@ -171,7 +171,7 @@ class _Pictures(_Figures):
         ax.legend(loc='upper left', frameon=False, fontsize=8)
         return ax
 
-# %% ../../nbs/64_calibration.interpretation.ipynb #65e87bdf
+# %% ../../nbs/64_calibration.interpretation.ipynb #5ae7b19c
 class _Features(Callback):
     "Keeps what goes into a layer, and the labels"
     order = 95
@@ -191,7 +191,7 @@ def features_of(learn, layer, dl):
         if hasattr(cb, 'hook'): cb.hook.remove()
     return torch.cat(cb.seen),torch.cat(cb.labels)
 
-# %% ../../nbs/64_calibration.interpretation.ipynb #6ffae61f
+# %% ../../nbs/64_calibration.interpretation.ipynb #97a529a5
 class _LastLayer(_Pictures):
     "What goes into the last layer of a learner"
     def _class_number(self, c):
@@ -227,7 +227,7 @@ class _LastLayer(_Pictures):
         ax.legend(frameon=False, fontsize=7)
         return ax
 
-# %% ../../nbs/64_calibration.interpretation.ipynb #429e2431
+# %% ../../nbs/64_calibration.interpretation.ipynb #627c259b
 class CalibrationInterpretation(_LastLayer):
     "Whether the probabilities of a learner can be believed"
     def summary(self)->str: # A few sentences

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .predictions import Predictions, Rows, as_rows
 
-# %% ../../nbs/61_calibration.metrics.ipynb #32922874
+# %% ../../nbs/61_calibration.metrics.ipynb #90adbbef
 NEVER = -math.log(torch.finfo(torch.float64).tiny) # what a probability of 0 counts
 
 def nll_of(
@@ -169,7 +169,7 @@ class ClasswiseECE(_Binned):
         each = (self.counts/n.clamp(min=1)*self.gaps()).sum(1)
         return each[n[:,0] > 0].mean()
 
-# %% ../../nbs/61_calibration.metrics.ipynb #c3696cc2
+# %% ../../nbs/61_calibration.metrics.ipynb #aa241548
 class _Kept(_Calibration):
     "Keeps a score and its correctness for each prediction"
     def reset(self):
@@ -197,7 +197,7 @@ def part_sums(
     c,ends = torch.cat([values.new_zeros(*values.shape[:-1], 1), values.cumsum(-1)], -1),size.cumsum(0)
     return c[...,ends]-c[...,ends-size],size
 
-# %% ../../nbs/61_calibration.metrics.ipynb #c1f66af0
+# %% ../../nbs/61_calibration.metrics.ipynb #ca359175
 class AdaptiveECE(_Kept):
     "The calibration error over bins of equally many predictions. Nixon et al. 2019, https://arxiv.org/abs/1904.01685"
     def __init__(self,
@@ -254,7 +254,7 @@ class AUGRC(AURC):
         generalised = risks*torch.arange(1, n+1, device=risks.device)/n
         return generalised.mean() if n < 2 else (generalised[1:]+generalised[:-1]).sum()/2/(n-1)
 
-# %% ../../nbs/61_calibration.metrics.ipynb #49e479e7
+# %% ../../nbs/61_calibration.metrics.ipynb #8f74449a
 def on_grid(
     f, # Places in [0, 1]
     values, # A value at each
@@ -271,7 +271,7 @@ def on_grid(
     mirrored = np.concatenate([grid[:0:-1], grid, grid[-2::-1]])
     return np.interp(at, x, fftconvolve(mirrored, kernel, 'valid')[m//2:m//2+m])
 
-# %% ../../nbs/61_calibration.metrics.ipynb #cc3e34a2
+# %% ../../nbs/61_calibration.metrics.ipynb #cfc3140d
 class SmoothECE(_Kept):
     "Calibration error without bins, smoothed by a kernel as wide as the error. Błasiok & Nakkiran 2023, https://arxiv.org/abs/2309.12236"
     def smoothed(self, sigma): # the mean size of the smoothed gaps
@@ -311,7 +311,7 @@ class DebiasedCE(AdaptiveECE):
         chance = (squares-total**2/n)/(n-1) # ȳ(1-ȳ)n/(n-1) for labels of 0 and 1: their variance
         return torch.where(n > 1, gap**2/n - chance, 0.).sum().div(len(score)).clamp(min=0).sqrt()
 
-# %% ../../nbs/61_calibration.metrics.ipynb #8c36cd87
+# %% ../../nbs/61_calibration.metrics.ipynb #1658b71c
 class NLL(_Mean):
     "Negative log-likelihood of the labels in nats, whatever the training loss. Never inf: a probability of 0 counts as the smallest number"
     def parts(self, rows): return nll_of(rows)
@@ -320,7 +320,7 @@ class Brier(_Mean):
     "Brier score: squared distance of the probabilities from the label, summed over the classes, mean over the examples. Brier 1950"
     def parts(self, rows): return (rows.p-rows.q).square().nansum(1),(~rows.q.isnan()).any(1).double()
 
-# %% ../../nbs/61_calibration.metrics.ipynb #33d69492
+# %% ../../nbs/61_calibration.metrics.ipynb #eebc10f1
 FIGURES = dict(accuracy=_Accuracy, nll=NLL, ece=ECE, adaptive_ece=AdaptiveECE, classwise_ece=ClasswiseECE, mce=MCE, brier=Brier, aurc=AURC)
 MORE_FIGURES = FIGURES | dict(smooth_ece=SmoothECE, debiased_ce=DebiasedCE, augrc=AUGRC)
 

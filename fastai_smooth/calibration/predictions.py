@@ -26,7 +26,7 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.loss import LabelSmoothingCrossEntropy as TimmLabelSmoothing
 from torch import Tensor, nn
 
-from ..losses import LabelSmoothingBCE, SmoothingLoss
+from ..losses import LabelSmoothingBCE, SmoothingLoss, loss_settings
 
 # %% ../../nbs/60_calibration.predictions.ipynb #0df31310
 SIGMOID = nn.BCEWithLogitsLoss,BinaryCrossEntropy
@@ -43,25 +43,27 @@ def users_loss(
         elif hasattr(getattr(loss, '__self__', None), 'old_lf'): loss = loss.__self__.old_lf
         else: return loss
 
+def own_activation(loss):
+    "The activation as a function of (predictions, axis), of the outermost part of a loss that says one; None if none does"
+    func = getattr(loss, 'func', loss) # what fastai's flat losses wrap
+    if isinstance(func, SIGMOID): return lambda z, axis: z.sigmoid()
+    if isinstance(func, nn.BCELoss): return lambda z, axis: z
+    if isinstance(func, nn.CrossEntropyLoss) or type(func) in SOFTMAX_EXACTLY: return lambda z, axis: z.softmax(axis)
+    if isinstance(func, nn.NLLLoss): return lambda z, axis: z.exp()
+    if callable(getattr(loss, 'activation', None)) and not (isinstance(loss, BaseLoss) and type(loss).activation is BaseLoss.activation):
+        return lambda z, axis: loss.activation(z)
+    return own_activation(loss.loss) if callable(getattr(loss, 'loss', None)) else None
+
 def kind_of_loss(
     loss # A loss function or module
-)->tuple: # Activation as a function of (predictions, axis) or None, class dimension, ignored index, whether each class is a question of its own
-    "What a loss says about its predictions"
+)->tuple: # Activation as a function of (predictions, axis) or None, class dimension or None, ignored index, whether each class is a question of its own
+    "What a loss says about its predictions, however it is wrapped"
     loss = users_loss(loss)
-    func = getattr(loss, 'func', loss) # what fastai's flat losses wrap
-    inner = loss.leaves()[0] if hasattr(loss, 'leaves') else loss # the first part of a combined loss
-    axis,ignore = getattr(loss, 'axis', getattr(inner, 'axis', None)),getattr(inner, 'ignore_index', getattr(func, 'ignore_index', -100))
-    if axis is None: axis = 1 if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)) else -1
-    own = callable(getattr(loss, 'activation', None)) and not (isinstance(loss, BaseLoss) and type(loss).activation is BaseLoss.activation)
-    if isinstance(func, SIGMOID): act = lambda z, axis: z.sigmoid()
-    elif isinstance(func, nn.BCELoss): act = lambda z, axis: z
-    elif isinstance(func, nn.CrossEntropyLoss) or type(func) in SOFTMAX_EXACTLY: act = lambda z, axis: z.softmax(axis)
-    elif isinstance(func, nn.NLLLoss): act = lambda z, axis: z.exp()
-    else: act = (lambda z, axis: loss.activation(z)) if own else None
-    binary = isinstance(func, (*SIGMOID, nn.BCELoss)) or isinstance(inner, LabelSmoothingBCE) or getattr(loss, 'binary', False) is True
-    return act,axis,-100 if ignore is None else ignore,binary
+    settings,inner = loss_settings(loss),loss.leaves()[0] if hasattr(loss, 'leaves') else loss
+    binary = isinstance(getattr(loss, 'func', inner), (*SIGMOID, nn.BCELoss, LabelSmoothingBCE)) or getattr(loss, 'binary', False) is True
+    return own_activation(loss),settings.axis,-100 if settings.ignore_index is None else settings.ignore_index,binary
 
-# %% ../../nbs/60_calibration.predictions.ipynb #e458971a
+# %% ../../nbs/60_calibration.predictions.ipynb #9d151c32
 def form_of(
     act, # From rows of predictions in float64 to probabilities
     k:int, # Number of classes
@@ -73,7 +75,7 @@ def form_of(
     p = act(probe)
     return next((name for name, v in same.items() if v.shape == p.shape and torch.allclose(p.to(v), v)), 'other')
 
-# %% ../../nbs/60_calibration.predictions.ipynb #f7e5da0b
+# %% ../../nbs/60_calibration.predictions.ipynb #f5545b85
 def refuse(
     bad, # Which values are wrong
     values, # Of which the first wrong one is told
@@ -87,21 +89,14 @@ def refuse(
 
 def with_doubles(t): return t.cpu() if t.device.type == 'mps' else t # Apple's GPUs have no float64
 
-# %% ../../nbs/60_calibration.predictions.ipynb #a7f4877f
+# %% ../../nbs/60_calibration.predictions.ipynb #63095ae0
 class Rows:
     "Predictions and targets of a batch, one row per position"
     each = 'z','q','mass','example','_p' # what there is one of for each row
-    def __init__(self,
-        z:Tensor, # Predictions (M, K)
-        q:Tensor, # Targets (M, K) in float64 that sum to 1, or 0 and 1 for several labels; nan where unknown
-        mass:Tensor, # Of the targets, (M,); 0 where ignored
-        example:Tensor, # Number of the example that a row belongs to, (M,)
-        act, # From rows of predictions in float64 to probabilities
-        form:str, # What the predictions are: 'softmax' (logits), 'sigmoid', 'exp' (log-probabilities), 'probability' (of a yes), 'shares' or 'other'
-        binary:bool=False, # Whether each class is a question of its own
-        axis:int=-1, # Class dimension of the model's predictions
-        ndim:int=2, # Of the model's predictions
-    ):
+    # z: predictions (M, K); q: targets (M, K) in float64 that sum to 1, or 0 and 1 for several labels, nan where unknown; mass: of the targets, 0 where
+    # ignored; example: which one of the batch a row belongs to; act: from such rows in float64 to probabilities; form: see `form_of`, 'shares' are
+    # probabilities of exclusive classes; binary: whether each class is a question of its own; axis, ndim: class dimension and dimensions of the batch
+    def __init__(self, z, q, mass, example, act, form, binary=False, axis=-1, ndim=2):
         self.z,self.q,self.mass,self.example,self.act,self.form,self.binary,self.axis,self.ndim = z,q,mass,example,act,form,binary,axis,ndim
         self.problems = [] # what `refuse` has put off
 
@@ -129,7 +124,7 @@ class Rows:
         "Which rows have a prediction that is nan where something is known"
         return (self.p.isnan() & ~self.q.isnan()).any(1)
 
-# %% ../../nbs/60_calibration.predictions.ipynb #f252a9e1
+# %% ../../nbs/60_calibration.predictions.ipynb #5d327828
 def binary_rows(z, y, axis, ignore, problems):
     "Rows of questions: targets are multi-hot, or class indices that stand for a set of one label"
     shape,k = z.shape,z.shape[axis]
@@ -168,7 +163,7 @@ def class_rows(z, y, axis, ignore, problems):
 
 def refuse_labels(y, kept, k, problems): refuse(kept & ((y < 0) | (y >= k)), y, f"Label {{}} is outside [0, {k}) for {k} classes.", problems)
 
-# %% ../../nbs/60_calibration.predictions.ipynb #372a8539
+# %% ../../nbs/60_calibration.predictions.ipynb #647a32f6
 def as_rows(
     pred:Tensor, # Predictions of a batch
     y:Tensor, # Targets
@@ -185,6 +180,7 @@ def as_rows(
     z,y = (with_doubles(t.detach()).as_subclass(Tensor) for t in (pred, y))
     if not z.is_floating_point(): raise ValueError(f"Predictions must be floating, but have the dtype {z.dtype}.")
     shape = z.shape
+    if axis is None: axis = 1 if binary and len(shape) > 2 else -1 # of masks with several labels, the labels
     if len(shape) > 2 and shape[1] == 1 and (binary or shape[axis] == 1): axis = 1 # a question per pixel
     elif binary and not -len(shape) <= axis < len(shape): axis = -1
     there = -len(shape) <= axis < len(shape)
