@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/calibration.intervals.html.m
 # %% auto #0
 __all__ = ['MOST_ROWS', 'Bootstrap', 'quantiles', 'intervals', 'drawn_right', 'calibrated_error', 'calibration_test']
 
-# %% ../../nbs/62_calibration.intervals.ipynb #e665905d
+# %% ../../nbs/62_calibration.intervals.ipynb #29f80a3f
 import numpy as np
 import torch
 from scipy.stats import norm, skew
@@ -17,7 +17,7 @@ from torch import Tensor
 from .predictions import Predictions, refuse_labels
 from .metrics import FIGURES, MORE_FIGURES, part_sums, where_known
 
-# %% ../../nbs/62_calibration.intervals.ipynb #68d01f76
+# %% ../../nbs/62_calibration.intervals.ipynb #f7f9dcb0
 def wilson(
     share, # Shares in [0, 1], an array
     n, # Of how many, alike
@@ -27,7 +27,7 @@ def wilson(
     centre,half = (share+z*z/(2*n))/(1+z*z/n),z*np.sqrt(share*(1-share)/n+z*z/(4*n*n))/(1+z*z/n)
     return centre-half,centre+half
 
-# %% ../../nbs/62_calibration.intervals.ipynb #23379dcf
+# %% ../../nbs/62_calibration.intervals.ipynb #bf5d259f
 MOST_ROWS = 2**17 # of many pixels, a sample is enough for the intervals
 
 class Bootstrap:
@@ -78,7 +78,7 @@ def intervals(
         res.update({name: value, f'{name}_low': float(low), f'{name}_high': float(high)})
     return res
 
-# %% ../../nbs/62_calibration.intervals.ipynb #ab0492c5
+# %% ../../nbs/62_calibration.intervals.ipynb #9f6e516b
 def drawn_right(p, right, g):
     "How right predictions would be if their probabilities were true; unknown entries stay unknown"
     return torch.where(right.isnan(), torch.nan, (torch.rand(p.shape, generator=g, dtype=torch.float64) < p).double())
@@ -99,7 +99,7 @@ def calibrated_error(
         res[name] = float(np.mean([metric.of(p, drawn_right(p, right, g)) for _ in range(n)]))
     return res
 
-# %% ../../nbs/62_calibration.intervals.ipynb #a335269d
+# %% ../../nbs/62_calibration.intervals.ipynb #98050e6a
 def calibration_test(
     probs, # Probabilities: (N,) of a yes, or (N, K)
     labels, # Class numbers (N,), or 0 and 1 in the shape of `probs`: a question for each entry, nan where unknown
