@@ -91,7 +91,7 @@ class _Heads(nn.Module):
                 out.append(head(features.clone())) # a head may work in place
         return out
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #34e012ff
+# %% ../../nbs/65_calibration.eps_find.ipynb #aedc5a28
 class _Strengths(LabelSmoothing):
     "Label smoothing of several heads, each with its own strength"
     def __init__(self, strengths, dist, **settings):
@@ -120,7 +120,7 @@ class _CollectHeads(Callback):
         for cb, pred in zip(self.each, self.learn.pred): cb.keep(pred, self.learn.y)
         self.learn.pred = self.learn.pred[0] # what the loss and the metrics of the validation can take
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #69471cd3
+# %% ../../nbs/65_calibration.eps_find.ipynb #6376bf54
 STEPS = 'after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step'.split()
 MOST_NUMBERS = 2**27 # rows times classes that are kept, over all strengths
 
@@ -167,7 +167,7 @@ def check_arguments(learn, eps, dist, metric, n_epoch, folds):
     if not len(learn.dls.train): raise ValueError("The training set is smaller than a batch: use a smaller batch size.")
     return strengths
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #1a73bd07
+# %% ../../nbs/65_calibration.eps_find.ipynb #aafba66c
 class _Advance(Callback):
     "Moves a progress bar on"
     order = 60
@@ -228,7 +228,7 @@ def train_each(
         if bar is not None: bar.on_iter_end()
     return collected
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #e8ae3975
+# %% ../../nbs/65_calibration.eps_find.ipynb #45bee5eb
 SCORES = 'accuracy','nll','ece','nll_ts','ece_ts'
 INTERVALS = [f'{n}_{end}' for n in SCORES for end in ('low', 'high')]
 N_BINS = 15
@@ -265,10 +265,11 @@ def beats_zero(
     size = max(2**24//len(zero), 1)
     drawn = np.concatenate([gains(rng.integers(0, 2, (min(size, draws-i), len(zero))).astype(float)) for i in range(0, draws, size)])
     error = np.maximum(drawn.std(0), 1e-12)
-    own,largest = gains(np.zeros((1, len(zero))))[0]/error,(drawn/error).max(1)
-    return {e: (1+(largest >= t-1e-9).sum())/(draws+1) for e, t in zip(others, own)},dict(zip(others, error))
+    own,largest = gains(np.zeros((1, len(zero))))[0],(drawn/error).max(1)
+    p = {e: (1+(largest >= t-1e-9).sum())/(draws+1) for e, t in zip(others, own/error)}
+    return p,dict(zip(others, np.sqrt(np.maximum(error**2-own**2/len(zero), 1e-24)))) # swaps also spread by what is no chance
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #cebbbcd6
+# %% ../../nbs/65_calibration.eps_find.ipynb #43d4c043
 def row_of(predictions, after, temperatures, folds):
     "Figures as trained and after temperature, with intervals over the folds"
     both = lambda a, b: a.figures(SCORES[:3]) | {f'{k}_ts': v for k, v in b.figures(SCORES[1:3]).items()}
@@ -299,7 +300,7 @@ def recommend(
     return chosen,(f"The best by {metric} is eps={best:g}. Recommended: {chosen:g}, the least within one standard error of it that beats 0 (by "
                    f"{zero-scores[chosen]:.4f}, p = {p[chosen]:.3f} corrected for {n} strength{'s' if n > 1 else ''}).")
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #fc7d092f
+# %% ../../nbs/65_calibration.eps_find.ipynb #e2297781
 class SuggestedEps(namedtuple('SuggestedEps', 'best table')):
     "What `Learner.eps_find` returns: the best strength, and a row of figures for each. `recommended` is the strength to use, which may be 0"
     recommended = None
@@ -316,7 +317,7 @@ class SuggestedEps(namedtuple('SuggestedEps', 'best table')):
             ax.set(xlabel=r'$\varepsilon$', title=name.replace('nll_ts', 'NLL after temperature').replace('ece_ts', 'ECE after temperature'))
         return axs
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #2a85497c
+# %% ../../nbs/65_calibration.eps_find.ipynb #ce351bd9
 EPOCHS_FROM_NOTHING = 6
 
 def is_untrained(learn, act):
