@@ -63,7 +63,7 @@ def kind_of_loss(
     binary = isinstance(getattr(loss, 'func', inner), (*SIGMOID, nn.BCELoss, LabelSmoothingBCE)) or getattr(loss, 'binary', False) is True
     return own_activation(loss),settings.axis,-100 if settings.ignore_index is None else settings.ignore_index,binary
 
-# %% ../../nbs/60_calibration.predictions.ipynb #9d151c32
+# %% ../../nbs/60_calibration.predictions.ipynb #c293b700
 def form_of(
     act, # From rows of predictions in float64 to probabilities
     k:int, # Number of classes
@@ -75,7 +75,7 @@ def form_of(
     p = act(probe)
     return next((name for name, v in same.items() if v.shape == p.shape and torch.allclose(p.to(v), v)), 'other')
 
-# %% ../../nbs/60_calibration.predictions.ipynb #f5545b85
+# %% ../../nbs/60_calibration.predictions.ipynb #1442a87c
 def refuse(
     bad, # Which values are wrong
     values, # Of which the first wrong one is told
@@ -89,7 +89,7 @@ def refuse(
 
 def with_doubles(t): return t.cpu() if t.device.type == 'mps' else t # Apple's GPUs have no float64
 
-# %% ../../nbs/60_calibration.predictions.ipynb #63095ae0
+# %% ../../nbs/60_calibration.predictions.ipynb #28eda091
 class Rows:
     "Predictions and targets of a batch, one row per position"
     each = 'z','q','mass','example','_p' # what there is one of for each row
@@ -124,7 +124,7 @@ class Rows:
         "Which rows have a prediction that is nan where something is known"
         return (self.p.isnan() & ~self.q.isnan()).any(1)
 
-# %% ../../nbs/60_calibration.predictions.ipynb #5d327828
+# %% ../../nbs/60_calibration.predictions.ipynb #2eaa6214
 def binary_rows(z, y, axis, ignore, problems):
     "Rows of questions: targets are multi-hot, or class indices that stand for a set of one label"
     shape,k = z.shape,z.shape[axis]
@@ -163,7 +163,7 @@ def class_rows(z, y, axis, ignore, problems):
 
 def refuse_labels(y, kept, k, problems): refuse(kept & ((y < 0) | (y >= k)), y, f"Label {{}} is outside [0, {k}) for {k} classes.", problems)
 
-# %% ../../nbs/60_calibration.predictions.ipynb #647a32f6
+# %% ../../nbs/60_calibration.predictions.ipynb #250c5203
 def as_rows(
     pred:Tensor, # Predictions of a batch
     y:Tensor, # Targets
@@ -222,9 +222,9 @@ class Predictions(Rows):
     ):
         super().__init__(z, q, torch.ones(len(z), dtype=torch.float64) if mass is None else mass, example, act, form, binary, axis, ndim)
         if not len(z) or q.isnan().all(): raise ValueError("There is nothing to score: no example, or every label is ignored.")
-        broken = self.broken()
-        if broken.any(): raise ValueError(f"The prediction for the example {int(example[broken][0])} is nan: look for what went wrong in training before "
-                                          "asking how well calibrated it is.")
+        if (broken := self.broken()).any():
+            raise ValueError(f"The prediction for the example {int(example[broken][0])} is nan: look for what went wrong in training before asking how well "
+                             "calibrated it is.")
 
     @classmethod
     def of(cls,
@@ -318,10 +318,7 @@ class Collect(Callback):
     def __init__(self, act, max_elements): self.act,self.max_elements = act,max_elements
 
     def before_validate(self): self.start()
-
-    def start(self):
-        self.kept,self.n,self.share,self.generator = [],0,None,torch.Generator().manual_seed(0)
-
+    def start(self): self.kept,self.n,self.share,self.generator = [],0,None,torch.Generator().manual_seed(0)
     def after_pred(self):
         if self.learn.training: return
         if not len(self.learn.yb): raise ValueError("The data loader gives no labels: there is nothing to compare predictions with.")
