@@ -6,7 +6,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.files.html.md"""
 
 # %% auto #0
 __all__ = ['SOURCES', 'SIDE', 'LabelledData', 'ImageData', 'image_data', 'MaskData', 'TextData', 'TableData', 'embedded_source',
-           'file_source', 'check_options', 'own_side', 'read_source']
+           'file_source', 'read_source']
 
 # %% ../../nbs/55_data.files.ipynb #39c07cd6
 import warnings
@@ -317,6 +317,7 @@ def file_source(
         return MaskData(np.zeros((len(files), 0, 0), np.int64), codes, split, str(path), files=files, masks=masks, ignore=ignore)
     return image_data(path, *folder_files(path))
 
+# %% ../../nbs/55_data.files.ipynb #ae9b2031
 def check_options(data, path, delimiter, ignore, target):
     "An option that these data do not use: ValueError"
     if ignore is not None and data.kind != 'masks': raise ValueError(f"--ignore is for masks, but {path} holds {data.unit}: leave it out.")
@@ -324,6 +325,7 @@ def check_options(data, path, delimiter, ignore, target):
     for name, v in (('delimiter', delimiter), ('target', target)):
         if v: raise ValueError(f"--{name} is for a CSV, but {path} is none: leave it out.")
 
+# %% ../../nbs/55_data.files.ipynb #78e1b3a7
 def own_side(
     files:list # Images
 )->int: # Pixels
