@@ -10,6 +10,7 @@ __all__ = ['fingerprint_of', 'write_metrics', 'EpochLog', 'train']
 # %% ../../nbs/87_train.training.ipynb #3c2d5e46
 import json
 import shlex
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,15 +20,15 @@ import torch
 from fastai.torch_core import set_seed
 from fastcore.foundation import L
 
-from ..calibration import cross_fit, gather
-from ..run_folder import RunFolder, write_text
+from ..calibration import gather
+from ..run_folder import RunFolder, read_config, write_text
 from .checkpoints import Checkpoints
-from .exported import figures_of, write_learner
+from .exported import calibrated, figures_of, write_learner
 from .page import plot_both, write_training_report
-from .processes import Processes
+from .processes import Processes, choose_threads
 from .registry import recipe
 
-# %% ../../nbs/87_train.training.ipynb #f263ab1e
+# %% ../../nbs/87_train.training.ipynb #e47ba463
 def _by_value(v):
     "Items without what differs from machine to machine"
     if isinstance(v, Path): return v.name,v.stat().st_size
@@ -42,7 +43,7 @@ def fingerprint_of(
     vocab = [str(v) for v in getattr(dls, 'vocab', ())]
     return joblib.hash([_by_value(dls.train_ds.items), _by_value(dls.valid_ds.items), vocab, weights and Path(weights).read_bytes()])
 
-# %% ../../nbs/87_train.training.ipynb #ed2252c0
+# %% ../../nbs/87_train.training.ipynb #7605ad65
 def write_metrics(path, names, rows):
     "A row per epoch"
     write_text(path, pd.DataFrame(rows, columns=names).to_csv(index=False, lineterminator='\n'))
@@ -66,7 +67,7 @@ class EpochLog(Checkpoints):
         if len(each) != self.team.n: raise ValueError(f"{self.file} is of {len(each)} processes, but here are {self.team.n}: resume with as many.")
         return {**state, 'random': each[self.team.rank]}
 
-# %% ../../nbs/87_train.training.ipynb #211ec97b
+# %% ../../nbs/87_train.training.ipynb #fbb8d7db
 class _Training:
     "A recipe, data and a folder, on one process or many"
     def __init__(self, name, data, out, resume, changes):
@@ -83,7 +84,12 @@ class _Training:
 
     def claim(self, lock):
         "Take the folder; what `summary.json` holds, if nothing is left to do"
-        lock.enter_context(self.folder.claim(dict(self.config, fingerprint=fingerprint_of(self.learn.dls, self.settings.get('weights')))))
+        if self.folder.found: # sums in another order are other sums: go on with as many threads
+            self.threads = read_config(self.out).get('threads', torch.get_num_threads())
+            torch.set_num_threads(self.threads)
+        else: self.threads = choose_threads(self.learn)
+        fingerprint = fingerprint_of(self.learn.dls, self.settings.get('weights'))
+        lock.enter_context(self.folder.claim(dict(self.config, fingerprint=fingerprint, threads=self.threads)))
         done = self.out/'summary.json'
         return json.loads(done.read_text(encoding='utf-8')) if done.exists() and (self.out/'learner.pkl').exists() else None
 
@@ -98,9 +104,19 @@ class _Training:
             self.log = EpochLog(self.out/'checkpoint.pt', self.team)
             self.learn.path = self.out
             self.learn.add_cb(self.log)
+            if not self.team.rank: print(self.described, flush=True)
             with self.team.training(self.learn): self.recipe.train(self.learn, self.settings)
             self.learn.remove_cb(self.log)
             return self.team.first(self.finish)
+
+    @property
+    def described(self):
+        "What was understood, before anything is trained"
+        dls,arch = self.learn.dls,self.settings.get('arch')
+        own = f"{self.recipe.name}: {len(dls.train_ds)} examples for training, {len(dls.valid_ds)} for validation"
+        settings = [arch, f"images of {self.settings['size']} pixels" if 'size' in self.settings and self.data else None, f'batches of {dls.train.bs}',
+                    f"{self.settings.get('epochs')} epochs", f'{self.threads} thread{"s"*(self.threads > 1)}']
+        return f"{getattr(dls, 'described', own)}\n{', '.join(v for v in settings if v)}\nresults in {self.out}"
 
     @property
     def command(self):
@@ -109,21 +125,23 @@ class _Training:
         return shlex.join(['fastai-smooth', 'train', self.recipe.name, *([] if self.data is None else [str(self.data)]), *changes])
 
     def finish(self):
-        "Calibrate, score, and write everything"
+        "Export, calibrate, score, and write everything"
         learn,out,names,rows = self.learn,self.out,self.log.names,self.log.rows
-        with learn.no_bar(): trained,predictions = self.recipe.calibrated(learn),gather(learn)
-        after = cross_fit(predictions)[0]
-        summary = dict(self.folder.config, **figures_of(predictions, after), temperature=torch.as_tensor(getattr(trained, 'temperature', 1.)).tolist(),
-                       n_train=len(learn.dls.train_ds), n_valid=len(learn.dls.valid_ds), processes=self.team.n)
+        write_learner(learn, out/'learner.pkl') # first: whatever happens below, the training is not lost
+        with learn.no_bar():
+            trained,predictions,after,notes = calibrated(learn) if self.settings.get('calibrate') else (learn, *[gather(learn)]*2, [])
+        write_learner(trained, out/'learner.pkl')
+        for note in notes: warnings.warn(note)
+        summary = dict(self.folder.config, **figures_of(predictions, after, notes), temperature=torch.as_tensor(getattr(trained, 'temperature', 1.)).tolist(),
+                       n_train=len(learn.dls.train_ds), n_valid=len(learn.dls.valid_ds), bs=learn.dls.train.bs, processes=self.team.n)
         plot_both(predictions, after).savefig(out/'reliability.png', dpi=120)
         write_text(out/'report.html', write_training_report(summary, self.recipe, predictions, after, learn, names, rows, self.command))
         write_metrics(out/'metrics.csv', names, rows) # again: a run may have died between its last checkpoint and this file
-        write_learner(trained, out/'learner.pkl')
         write_text(out/'summary.json', json.dumps(summary, indent=2))
         self.log.file.unlink(missing_ok=True)
         return summary
 
-# %% ../../nbs/87_train.training.ipynb #034a9768
+# %% ../../nbs/87_train.training.ipynb #37ee9afb
 def train(
     name:str, # Of a recipe
     data=None, # Folder or file of the data. None: the recipe's own
