@@ -102,7 +102,7 @@ def add_settings(parser):
         how = dict(action='store_const', const=True) if k == 'skip_broken' else dict(type=kind, metavar=SHOWN[kind])
         parser.add_argument(f"--{k.replace('_', '-')}", **how, help=None if len(found) > 5 else 'of '+', '.join(name for name, _ in found))
 
-# %% ../nbs/90_cli.ipynb #8ad96782
+# %% ../nbs/90_cli.ipynb #e9c6fa22
 RUNS = Path('fastai_smooth_runs')
 
 DATA = """DATA is one of the embedded sets digits, mnist5k, multi_digits, digit_masks, docstrings, breast_cancer, wine, iris; pets, which is downloaded;
@@ -146,7 +146,7 @@ def within(values, name, top, closed):
     for v in values if isinstance(values, list) else [values]:
         if not (0 <= v < top or closed and v == top): raise ValueError(f"{name} must lie in [0, {top}{']' if closed else ')'}, but got {v}.")
 
-# %% ../nbs/90_cli.ipynb #8219f90d
+# %% ../nbs/90_cli.ipynb #a5fa7626
 def compare(
     data:str='digits', # What to compare on, see below
     *,
@@ -247,7 +247,7 @@ def list_recipes(
     print(find(recipe) if recipe else '\n'.join(f'{r.name:16}{r.purpose}' for r in recipes.values()))
     return 0
 
-# %% ../nbs/90_cli.ipynb #0c2b1da5
+# %% ../nbs/90_cli.ipynb #a3e2ad0f
 PACKAGES = 'torch', 'torchvision', 'fastai', 'timm', 'accelerate', 'numpy', 'scipy', 'scikit-learn', 'pandas', 'matplotlib', 'pillow'
 
 def version_of(package):
@@ -280,7 +280,8 @@ def _parser(only_given=False):
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', parser_class=_Parser)
     given = dict(argument_default=argparse.SUPPRESS) if only_given else {}
     for name, command in COMMANDS.items():
-        p = commands.add_parser(name, help=command.__doc__, description=command.__doc__, allow_abbrev=False, epilog=DATA if command is compare else None, **given)
+        texts = dict(help=command.__doc__, description=command.__doc__, epilog=DATA if command is compare else None)
+        p = commands.add_parser(name, allow_abbrev=False, **texts, **given)
         add_options(p, command)
         if command is train: add_settings(p.add_argument_group('settings', 'their values and sources: fastai-smooth list RECIPE'))
     return parser
@@ -311,6 +312,7 @@ def main(
         except KeyboardInterrupt:
             out = args.get('out')
             again = shlex.join(['fastai-smooth', command, '--out', str(out), '--resume']) if out is not None and (out/'config.json').exists() else ''
+            if sys.stdout.isatty(): print() # below the progress bar
             say(f"Stopped.{' Continue with: ' if again else ''}{again}")
             return 130
 
