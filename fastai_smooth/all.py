@@ -6,20 +6,21 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/all.html.md"""
 
 # %% auto #0
 __all__ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'CalibrationInterpretation', 'TemperatureScaling',
-           'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss', 'digits', 'digit_masks', 'embedded_table',
-           'mnist5k', 'multi_digits', 'corrupt_labels', 'ClassPrior', 'Distribution', 'Online', 'Similarity', 'Spatial',
-           'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy', 'smooth_cross_entropy',
-           'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
-           'CombinedLoss', 'EachClass', 'MultiTargetLoss', 'LabelSmoothingDice', 'LabelRelaxation',
-           'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy', 'Comparison', 'Recipe', 'recipe',
-           'recipes', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']
+           'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss', 'digits', 'digit_masks', 'docstrings',
+           'embedded_table', 'mnist5k', 'multi_digits', 'corrupt_labels', 'ClassPrior', 'Distribution', 'Online',
+           'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf',
+           'smooth_binary_cross_entropy', 'smooth_cross_entropy', 'smooth_linear_cross_entropy', 'LabelSmoothingBCE',
+           'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL', 'CombinedLoss',
+           'EachClass', 'MultiTargetLoss', 'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal',
+           'LogitPenalty', 'MultiLabelSmoothingCrossEntropy', 'Comparison', 'Recipe', 'recipe', 'recipes',
+           'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']
 
 # %% ../nbs/91_all.ipynb #8940a93a
 from .calibration import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, CalibrationInterpretation, ClasswiseECE, TemperatureScaling
 from .callback import CutMixMask, LabelSmoothing, OneOf, TimmMix, soft_loss
-from .data import corrupt_labels, digit_masks, digits, embedded_table, mnist5k, multi_digits
-from .distributions import ClassPrior, Distribution, Online, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf
-from .kernels import smooth_binary_cross_entropy, smooth_cross_entropy
+from .data import corrupt_labels, digit_masks, digits, docstrings, embedded_table, mnist5k, multi_digits
+from .distributions import ClassPrior, Distribution, Online, PossibleClasses, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf
+from .kernels import smooth_binary_cross_entropy, smooth_cross_entropy, smooth_linear_cross_entropy
 from .losses import (CombinedLoss, EachClass, MultiTargetLoss,
                                   LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingDice,
                                   LabelRelaxation, LabelSmoothingFocal, LabelSmoothingNLL, LogitPenalty, MultiLabelSmoothingCrossEntropy)
@@ -30,9 +31,10 @@ from .train import Recipe, recipe, recipes
 # %% ../nbs/91_all.ipynb #a537be56
 _all_ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'CalibrationInterpretation', 'TemperatureScaling',
          'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss',
-         'digits', 'digit_masks', 'embedded_table', 'mnist5k', 'multi_digits', 'corrupt_labels',
-         'ClassPrior', 'Distribution', 'Online', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy',
-         'smooth_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
+         'digits', 'digit_masks', 'docstrings', 'embedded_table', 'mnist5k', 'multi_digits', 'corrupt_labels',
+         'ClassPrior', 'Distribution', 'Online', 'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf',
+         'smooth_binary_cross_entropy', 'smooth_cross_entropy', 'smooth_linear_cross_entropy', 'LabelSmoothingBCE',
+         'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
          'CombinedLoss', 'EachClass', 'MultiTargetLoss',
          'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
          'Comparison', 'Recipe', 'recipe', 'recipes', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']

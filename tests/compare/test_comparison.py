@@ -12,15 +12,13 @@ import torch
 
 from fastai_smooth.callback import LabelSmoothing, OneOf
 from fastai_smooth.cli import main
-from fastai_smooth.data import digits
-from fastai_smooth.recipes import (
+from fastai_smooth.data import build_model, digits, small_convnet
+from fastai_smooth.compare import (
     METRICS,
     Comparison,
-    build_model,
     mean_ci,
     method_callbacks,
     score,
-    small_convnet,
     table,
     verdict,
 )

@@ -11,14 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from scipy import stats
-from test_folders import write_digits
+from users_files import write_digits
 
 from fastai_smooth.cli import main
 from fastai_smooth.compare import Comparison, method_callbacks, verdict
 from fastai_smooth.compare import each_method
-from fastai_smooth.sources import csv_data, pets_data, read_source
+from fastai_smooth.data import read_source
 
 FAST = ['--epochs', '1', '--seeds', '2']
 
@@ -32,41 +31,6 @@ def write_csv(root, n=200, several=False, valid=False):
     if valid: table['is_valid'] = [i % 4 == 0 for i in range(n)]
     table.to_csv(root/'labels.csv', index=False)
     return labels
-
-
-# -- data
-
-@pytest.mark.parametrize('several', [False, True])
-def test_csv(several, tmp_path):
-    labels = write_csv(tmp_path, 60, several, valid=True)
-    data = csv_data(tmp_path/'labels.csv', 16, ' ' if several else None, progress=False)
-    assert data.images.shape == (60, 3, 16, 16) and [len(s) for s in data.splits()] == [45, 15]
-    for image, file in zip(data.images, data.files): assert np.array_equal(image[0], np.asarray(Image.open(file)))
-    if several:
-        assert data.vocab == ['even', 'odd', 'small'] and data.labels.dtype == bool
-        assert np.array_equal(data.labels, np.stack([labels % 2 == 0, labels % 2 == 1, labels < 5], 1))
-    else: assert [data.vocab[k] for k in data.labels] == [str(k) for k in labels]
-
-
-@pytest.mark.parametrize('text, words', [
-    ('file\nx.png\n', 'column of files and one of labels'), ('file,label\n', 'no rows'), ('file,label\nx.png,a\nnone.png,b\n', 'none.png'), ('', 'Cannot read'),
-    ('file,label\nx.png,a\nx.png,a\n', '1 class'), ('file,label\nx.png,a\nx.png,\n', 'no label in row 2'), ('file,label\n,a\nx.png,b\n', 'no file in row 1'),
-    ('file,label,is_valid\nx.png,a,maybe\nx.png,b,True\n', "'maybe'"), ('file,label,is_valid\nx.png,a,True\nx.png,b,True\n', 'one side'),
-    ('file,label\nx.png,a\nbad.png,b\n', 'bad.png')])
-def test_tables_with_mistakes(text, words, tmp_path, capsys):
-    Image.new('L', (9, 9)).save(tmp_path/'x.png')
-    (tmp_path/'bad.png').write_bytes(b'nothing')
-    (tmp_path/'t.csv').write_text(text)
-    with pytest.raises(ValueError, match=words): csv_data(tmp_path/'t.csv', 8, progress=False)
-    assert main(['compare', str(tmp_path/'t.csv'), '--size', '8', '--out', str(tmp_path/'run')]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path/'run').exists()
-
-
-def test_pets_names(tmp_path):
-    for name in ('Abyssinian_1.jpg', 'great_pyrenees_12.jpg', 'great_pyrenees_3.jpg'): Image.new('RGB', (20, 30)).save(tmp_path/name)
-    data = pets_data(16, tmp_path, progress=False)
-    assert data.vocab == ['Abyssinian', 'great_pyrenees'] and data.labels.tolist() == [0, 1, 1]
-    with pytest.raises(ValueError, match='Abyssinian_1.jpg'): pets_data(16, tmp_path/'none')
 
 
 # -- several labels

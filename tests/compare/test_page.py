@@ -8,7 +8,7 @@ import subprocess
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from test_folders import write_digits
+from users_files import write_digits
 
 from fastai_smooth.compare import Comparison
 from fastai_smooth.compare import pictures as pages
