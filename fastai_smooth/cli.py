@@ -102,7 +102,7 @@ def add_settings(parser):
         how = dict(action='store_const', const=True) if k == 'skip_broken' else dict(type=kind, metavar=SHOWN[kind])
         parser.add_argument(f"--{k.replace('_', '-')}", **how, help=None if len(found) > 5 else 'of '+', '.join(name for name, _ in found))
 
-# %% ../nbs/90_cli.ipynb #e9c6fa22
+# %% ../nbs/90_cli.ipynb #eb4e4163
 RUNS = Path('fastai_smooth_runs')
 
 DATA = """DATA is one of the embedded sets digits, mnist5k, multi_digits, digit_masks, docstrings, breast_cancer, wine, iris; pets, which is downloaded;
@@ -146,7 +146,7 @@ def within(values, name, top, closed):
     for v in values if isinstance(values, list) else [values]:
         if not (0 <= v < top or closed and v == top): raise ValueError(f"{name} must lie in [0, {top}{']' if closed else ')'}, but got {v}.")
 
-# %% ../nbs/90_cli.ipynb #a5fa7626
+# %% ../nbs/90_cli.ipynb #283c2bfb
 def compare(
     data:str='digits', # What to compare on, see below
     *,
@@ -226,17 +226,19 @@ def train(
 
 def calibrate(
     learner:str, # Exported learner; a pickle, which runs code: only from people you trust
-    data:str, # Held out from training: a folder with a folder of images per class, or a CSV of files, texts or rows with their labels
+    data:str, # Held out from training: a folder of images in classes, or of images and masks, or a CSV of files, texts or rows with their labels
     *,
     out:Path, # File for the calibrated learner
     delimiter:str=None, # Between several labels in a CSV
+    ignore:int=None, # Number in the masks of pixels to ignore, such as 255
 )->int: # Exit code: 0, or 2 for a mistake in the arguments
     "Give an exported learner a temperature; print the figures before and after"
     for file in (learner, data):
         if not Path(file).exists(): raise ValueError(f"There is no {file}.")
     quiet()
     from fastai_smooth.train import calibrate as run
-    res = run(learner, data, out, delimiter)
+    res = run(learner, data, out, delimiter, ignore)
+    for note in res['notes']: print(note, file=sys.stderr)
     print(f"Temperature {res['temperature']}\n\n{shown(res)}\n\nLearner: {out}")
     return 0
 
@@ -247,7 +249,7 @@ def list_recipes(
     print(find(recipe) if recipe else '\n'.join(f'{r.name:16}{r.purpose}' for r in recipes.values()))
     return 0
 
-# %% ../nbs/90_cli.ipynb #a3e2ad0f
+# %% ../nbs/90_cli.ipynb #110edade
 PACKAGES = 'torch', 'torchvision', 'fastai', 'timm', 'accelerate', 'numpy', 'scipy', 'scikit-learn', 'pandas', 'matplotlib', 'pillow'
 
 def version_of(package):

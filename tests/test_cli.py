@@ -83,7 +83,8 @@ def test_names_that_are_known_without_loading_anything_are_those_of_the_rooms():
 
 @pytest.mark.parametrize('args, words', [
     (['mnist'], "Unknown data set 'mnist': use one of digits"), (['--eps', '2'], 'eps must lie in [0, 1], but got 2.0'), (['--eps', '.1,-1'], 'got -1.0'),
-    (['--noise', '1'], 'noise must lie in [0, 1), but got 1.0'), (['--methods', 'ce,magic'], "Unknown method 'magic'"), (['--seeds', '0'], 'seeds must be at least 1'),
+    (['--noise', '1'], 'noise must lie in [0, 1), but got 1.0'), (['--methods', 'ce,magic'], "Unknown method 'magic'"),
+    (['--seeds', '0'], 'seeds must be at least 1'),
     (['--valid-pct', '1'], 'valid_pct must lie between 0 and 1'), (['--lr', '0'], 'lr must be above 0'), (['--threads', '0'], '--threads must be at least 1')])
 def test_compare_refuses_at_once(args, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -16,9 +16,10 @@ from fastai.vision.data import ImageBlock, ImageDataLoaders
 from photos import write_digits, write_table
 from PIL import Image
 from sklearn.metrics import log_loss
+from users_files import write_masks
 
 from fastai_smooth.calibration import Predictions
-from fastai_smooth.data import read_source, small_convnet
+from fastai_smooth.data import mask_dls, read_source, small_convnet, small_segmenter
 from fastai_smooth.train import calibrate
 from fastai_smooth.train.exported import calibrated, frequency_nll, held_out_dl, read_learner
 
@@ -122,6 +123,32 @@ def test_the_nll_of_the_frequencies():
     y = torch.tensor([0, 0, 0, 1])
     p = Predictions.of(torch.zeros(4, 2), y, CrossEntropyLossFlat())
     assert frequency_nll(p) == pytest.approx(-(.75*np.log(.75)+.25*np.log(.25)))
+
+
+def test_masks_are_read_as_the_learner_reads_them(tmp_path):
+    write_masks(tmp_path/'masks', 30)
+    dls = mask_dls(tmp_path/'masks', dict(size=24, ignore=255, valid_pct=.2, seed=1, bs=8))
+    learn = exported(dls, tmp_path/'l.pkl', small_segmenter(3, 11), 0, loss_func=CrossEntropyLossFlat(axis=1))
+    found = calibrate(tmp_path/'l.pkl', tmp_path/'masks', tmp_path/'c.pkl', ignore=255)
+    right, total = 0, 0
+    for image, mask in zip(sorted((tmp_path/'masks'/'images').glob('*')), sorted((tmp_path/'masks'/'labels').glob('*'))):
+        x, y = torch.tensor(np.asarray(Image.open(image).convert('RGB'))).permute(2, 0, 1)[None]/255, torch.tensor(np.asarray(Image.open(mask)).astype(int))
+        with torch.no_grad(): z = learn.model.eval()(x)[0].argmax(0)
+        right, total = right+((z == y) & (y != 255)).sum().item(), total+(y != 255).sum().item()
+    assert found['as_trained']['accuracy'] == pytest.approx(right/total, abs=1e-3)
+    with pytest.raises(ValueError, match='The learner reads masks, but .*/more holds images'):
+        write_digits(tmp_path/'more', 20)
+        calibrate(tmp_path/'l.pkl', tmp_path/'more', tmp_path/'x.pkl')
+
+
+def test_a_frame_as_in_training(photos, learner_file, tmp_path):
+    learn = exported(from_df(photos), tmp_path/'l.pkl', epochs=0)
+    frame = pd.DataFrame(dict(name=[f.relative_to(photos).as_posix() for f in sorted((photos/'more').rglob('*.png'))]))
+    frame['label'] = frame.name.str.split('/').str[1]
+    found = calibrate(tmp_path/'l.pkl', frame, tmp_path/'c.pkl')
+    with learn.no_bar(): p, y = learn.get_preds(dl=learn.dls.test_dl(frame, with_labels=True))
+    assert found['as_trained']['nll'] == pytest.approx(log_loss(y, p.double(), labels=range(10)), rel=1e-4)
+    with pytest.raises(ValueError, match='does not read a DataFrame with the columns name, label'): calibrate(learner_file, frame, tmp_path/'x.pkl')
 
 
 @pytest.fixture(scope='module')

@@ -66,3 +66,9 @@ def test_a_batch_size_that_was_asked_for_is_refused_if_the_data_cannot_fill_it()
     with pytest.raises(ValueError, match='bs=64 is more than the 40 training examples'): with_batches(lambda s: data_of(40, s), dict(bs=64))
     assert with_batches(lambda s: data_of(40, s), dict(bs=40)).loaders[0].bs == 40
     with pytest.raises(ValueError, match='bs=100000 is more than the 1437'): recipe('digits').learner(bs=100_000)
+
+
+def test_settings_that_nobody_reads_are_refused():
+    for changes in (dict(delimiter=','), dict(skip_broken=True)):
+        with pytest.raises(ValueError, match=f'{next(iter(changes))} is for data of your own'): recipe('multilabel').dls(**changes)
+    with pytest.raises(ValueError, match='table names data that the recipe has itself'): recipe('tabular').dls('rows.csv', table='iris')
