@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/train.portable.html.md"""
 # %% auto #0
 __all__ = ['folded', 'is_ours', 'plain_loss', 'plain_steps', 'without_ours', 'plain_dls', 'portable']
 
-# %% ../../nbs/86_train.portable.ipynb #10116529
+# %% ../../nbs/86_train.portable.ipynb #cc8419bd
 import copy
 import inspect
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..calibration import ScaledModel
 from ..data import open_image
 from ..losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
 
-# %% ../../nbs/86_train.portable.ipynb #ed1a87fe
+# %% ../../nbs/86_train.portable.ipynb #c8908644
 def folded(
     scaled:ScaledModel, # A model with a temperature
     xb:tuple, # Inputs of a batch
@@ -47,7 +47,7 @@ def folded(
         got = logits(model)
     return model if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4) else scaled
 
-# %% ../../nbs/86_train.portable.ipynb #613d44e2
+# %% ../../nbs/86_train.portable.ipynb #3d7952bc
 def is_ours(obj)->bool:
     "Whether to load an object would import this package"
     kind = obj if hasattr(obj, '__qualname__') else type(obj)
@@ -68,7 +68,8 @@ def plain_steps(tl, place, deep):
     for t in tl.tfms.fs:
         function = t.encodes.methods[0].implementation if type(t) is Transform else t
         inside = inspect.getclosurevars(function).nonlocals.values() if inspect.isfunction(function) else () # fastai wraps objects that can be called
-        if function is open_image and not deep: steps += [Transform(PILImage.create), Transform(ImageOps.exif_transpose), Transform(PILImage.create)]
+        if function is open_image and not deep: # an image that is given is loaded and turned; another thing goes on to `create`, and is turned then
+            steps += [Transform(f) for f in (ImageOps.exif_transpose, PILImage.create)*2]
         elif any(map(is_ours, (function, *inside))) and tl.types[0] is list and not steps: steps.append(ItemGetter(place))
         else: steps.append(t)
     return steps
@@ -90,7 +91,7 @@ def plain_dls(dls):
         without_ours(dl.after_batch)
     return empty
 
-# %% ../../nbs/86_train.portable.ipynb #61901403
+# %% ../../nbs/86_train.portable.ipynb #ef11fd3b
 def portable(
     learn, # `Learner`, perhaps calibrated; it stays as it is
     xb:tuple, # Inputs of a batch
