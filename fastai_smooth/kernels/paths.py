@@ -14,7 +14,9 @@ from torch import Tensor
 from .cpu import cpu_binary_cross_entropy, cpu_cross_entropy
 from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, check_class_weight, class_axis, cross_entropy_of_log_probs, entries,
                                             in_single_precision, in_transform, kept_entries, log_softmax)
-from ..targets import binary_levels, binary_target, check_axis, check_choice, check_eps
+from .gpu import gpu_cross_entropy, gpu_takes
+from .gpu_binary import as_entries, gpu_binary_cross_entropy, gpu_takes_binary
+from ..targets import base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, per_class
 
 # %% ../../nbs/23_kernels.paths.ipynb #a3d1a81f
 def path_of(
@@ -31,7 +33,7 @@ def path_of(
 
 # %% ../../nbs/23_kernels.paths.ipynb #8d8fc69b
 def cross_entropy(
-    logits:Tensor, # Logits in at least single precision, (N, K, *)
+    logits:Tensor, # Logits as the model made them, (N, K, *)
     target, # Index, dense or mixed target
     eps, # Smoothing strength: a number or one per class
     axis:int, # Class dimension, not negative
@@ -41,12 +43,32 @@ def cross_entropy(
     reduction:str, # 'mean', 'sum' or 'none'
 )->Tensor: # Loss
     "Smoothed cross entropy of logits, by the path that suits"
+    if gpu_takes(logits, target, eps, axis, weight, weight_by, reduction):
+        return gpu_cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
+    logits = in_single_precision(logits)
     formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
     index, coefficient, ignored = entries(logits, target, axis, ignore_index)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
     if path_of(logits, index, coefficient, simple) == 'formula': return formula(logits)
     if index is not None: index, coefficient = kept_entries(index, coefficient, logits.shape[axis], ignored, logits.dtype)
     return cpu_cross_entropy(logits, index, coefficient, eps, axis, reduction == 'mean', formula)
+
+# %% ../../nbs/23_kernels.paths.ipynb #828aa1f9
+def cross_entropy_with(
+    logits:Tensor, # Logits as the model made them, (N, K, *)
+    q:Tensor, # Dense target in at least single precision
+    eps, # Smoothing strength: a number or one per class
+    received:Tensor, # What each class receives of the moved mass, of the shape of `q`
+    log_probs, # Gives log p of the logits, for the formula
+    axis:int, # Class dimension, not negative
+    weight:Tensor|None, # Class weights (K,)
+    weight_by:str, # 'class' or 'example'
+    reduction:str, # 'mean', 'sum' or 'none'
+)->Tensor: # Loss
+    "Cross entropy smoothed by a distribution, by the path that suits"
+    if weight is None and not received.requires_grad and gpu_takes(logits, q, 0., axis, None, weight_by, reduction):
+        return gpu_cross_entropy(logits, q - q*per_class(eps, q, axis) + received, 0., axis, None, weight_by, None, reduction)
+    return cross_entropy_of_log_probs(log_probs(), q, eps, axis, weight, weight_by, None, reduction, received)
 
 # %% ../../nbs/23_kernels.paths.ipynb #0afbe3f8
 def smooth_cross_entropy(
@@ -61,15 +83,34 @@ def smooth_cross_entropy(
     reduction:str='mean', # 'mean' over the weighted mass of the unsmoothed target, 'sum' or 'none' (one loss per position)
 )->Tensor: # Loss: 0-d, or (N, *) for 'none'
     "Cross entropy with uniform label smoothing, of index, dense or mixed targets. Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
-    eps = check_eps(eps)
-    logits, axis = in_single_precision(logits), check_axis(logits, axis)
+    eps, axis = check_eps(eps), check_axis(logits, axis)
     check_class_weight(weight)
     return cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
 
 # %% ../../nbs/23_kernels.paths.ipynb #4429e94f
+def single_like(
+    logits:Tensor # Logits
+)->Tensor: # One number, repeated
+    "A tensor of the shape and device of the logits in at least single precision, without memory of its own"
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.empty((), dtype=dtype, device=logits.device).expand(logits.shape)
+
+def binary_entries(
+    logits:Tensor, # Logits as the model made them
+    target, # Multi-hot, dense, index or mixed target
+    axis:int, # Class dimension
+)->tuple: # Logits and target for `binary_cross_entropy`, and whether the target was given as indices
+    "Logits and target as they are where the kernels of a GPU take them, else in single precision and dense. A shape that does not fit: ValueError"
+    if isinstance(target, Tensor) and logits.ndim and gpu_takes_binary(logits, target, None, None, 'mean', 0., 1., axis % logits.ndim):
+        y = as_entries(base_tensor(target), logits.shape, axis % logits.ndim)
+        return base_tensor(logits), y, y.ndim < logits.ndim
+    logits = in_single_precision(logits)
+    return logits, *binary_target(logits, target, axis)
+
+#| exporti
 def binary_cross_entropy(
-    logits:Tensor, # Logits in at least single precision
-    target:Tensor, # Target of the same shape, nan where unknown
+    logits:Tensor, # Logits from `binary_entries`
+    target:Tensor, # Target from there: of the same shape, nan where unknown
     weight:Tensor|None, # Factor, broadcast against the logits
     pos_weight:Tensor|None, # Factor of the positive term, broadcast against the logits
     reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the classes, then the mean over the rows
@@ -78,6 +119,12 @@ def binary_cross_entropy(
     axis:int=-1, # Class dimension, for 'classes'
 )->Tensor: # Loss
     "Binary cross entropy of the known entries of the smoothed target, by the path that suits"
+    if logits.ndim:
+        request = target, weight, pos_weight, reduction, off, on, axis % logits.ndim
+        if gpu_takes_binary(logits, *request): return gpu_binary_cross_entropy(logits, *request)
+    if logits.is_cuda: # with weights that are not for the kernels
+        logits = in_single_precision(logits)
+        target, _ = binary_target(logits, target, axis)
     formula = lambda z: binary_cross_entropy_of_logits(z, target, weight, pos_weight, reduction, off, on, axis)
     simple = weight is None and pos_weight is None and reduction in ('mean', 'sum', 'classes') and not isinstance(off, Tensor) and not isinstance(on, Tensor)
     if path_of(logits, None, target, simple) == 'formula' or (reduction == 'classes' and not logits.ndim): return formula(logits)
@@ -99,7 +146,7 @@ def smooth_binary_cross_entropy(
     "Binary cross entropy with label smoothing, of multi-hot, dense, index or mixed targets"
     check_choice(reduction, REDUCTIONS, 'reduction')
     check_class_weight(weight), check_class_weight(pos_weight, 'pos_weight')
-    logits = in_single_precision(logits)
     axis = class_axis(logits, axis)
-    y, _ = binary_target(logits, target, axis)
-    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *binary_levels(eps, convention, None, None, y, axis), axis)
+    logits, y, _ = binary_entries(logits, target, axis)
+    levels = binary_levels(eps, convention, None, None, single_like(logits), axis)
+    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *levels, axis)
