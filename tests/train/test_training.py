@@ -49,7 +49,7 @@ def test_train_leaves_a_calibrated_learner(tmp_path, capsys):
     assert t == pytest.approx(s['temperature'])
     z, y = [], []
     for xb, yb in recipe('digits').dls().valid:
-        with torch.no_grad(): z.append(learn.model.model.eval()(xb.as_subclass(torch.Tensor)))
+        with torch.no_grad(): z.append(t*learn.model.eval()(xb.as_subclass(torch.Tensor))) # the last layer has been divided by the temperature
         y.append(yb.as_subclass(torch.Tensor))
     z, y = torch.cat(z).double(), torch.cat(y)
     assert s['as_trained']['nll'] == pytest.approx(log_loss(y, z.softmax(1)), rel=1e-4), "as trained is without the temperature"
