@@ -62,7 +62,7 @@ def test_commands_exist_with_their_options(name, line):
 
 def test_readme_names_the_main_commands():
     shown = {shlex.split(line)[1] for name, line in commands() if name == 'README.md'}
-    assert {'compare', 'train', 'list'} <= shown <= set(subcommands())
+    assert {'compare', 'train'} <= shown <= set(subcommands())
 
 
 @pytest.mark.slow

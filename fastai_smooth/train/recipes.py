@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/train.recipes.html.md"""
 # %% auto #0
 __all__ = ['OWN', 'SZEGEDY', 'FASTAI', 'PETS', 'FROM_A_FILE', 'ONE_SPLIT', 'YOUR_FILES', 'COMMON', 'IN_A_CSV', 'SMALL', 'RSB']
 
-# %% ../../nbs/82_train.recipes.ipynb #dde5ee4f
+# %% ../../nbs/82_train.recipes.ipynb #0cab88be
 from .registry import register
 
 # %% ../../nbs/82_train.recipes.ipynb #9fbc5e2b
@@ -28,7 +28,7 @@ def _named(name, purpose, numbers, dls, learner, train='one_cycle'):
 # %% ../../nbs/82_train.recipes.ipynb #344b7e39
 _named('pets', "37 breeds of cats and dogs: fastai's example with a smoothing loss",
     dict(arch=('resnet34', PETS), pretrained=(True, PETS), weights=FROM_A_FILE, eps=(.1, SZEGEDY), epochs=(4, PETS), lr=(1e-3, FASTAI),
-         presize=(460, PETS), size=(224, PETS), bs=(64, FASTAI), calibrate=(True, OWN), **COMMON), 'pets_dls', 'pets_learner')
+         presize=(460, PETS), size=(224, PETS), bs=(64, FASTAI), calibrate=(True, OWN), **COMMON), 'pets_recipe_dls', 'pets_learner')
 
 _named('finetune', 'your own images: a pretrained network, first its head, then all of it, smoothed and calibrated',
     dict(arch=('resnet34', OWN), pretrained=(True, FASTAI), weights=FROM_A_FILE, eps=(.1, SZEGEDY), epochs=(5, OWN), freeze_epochs=(1, "fastai's fine_tune"),
@@ -53,7 +53,7 @@ for _name, _numbers in dict(a1=_a(600, .1, .2, 5e-3, .01, 7, 3, .05, 224), a2=_a
     _named(_name, f"ImageNet from nothing, ResNet strikes back {_name.upper()}: {_numbers['epochs'][0]} epochs", _numbers, 'imagenet_dls', 'imagenet_learner',
            'imagenet_train')
 
-# %% ../../nbs/82_train.recipes.ipynb #4c353f00
+# %% ../../nbs/82_train.recipes.ipynb #cc9e48d7
 _named('multilabel', 'several labels per image: binary smoothing; the digits of a canvas, or your own images from a CSV',
     dict(SMALL, arch=('convnet', OWN), pretrained=(False, OWN), weights=FROM_A_FILE, size=(128, 'of your own images'), epochs=(12, OWN), lr=(5e-3, OWN),
          bs=(64, FASTAI), **COMMON, **{**IN_A_CSV, 'delimiter': (' ', 'between several labels in a CSV')}), 'multilabel_dls', 'multilabel_learner')

@@ -1,5 +1,6 @@
 "The named recipes: every number of the published table on the built learner, real data that they learn from, and mistakes in one line"
 import pickle
+from pkgutil import resolve_name
 from urllib.error import URLError
 
 import numpy as np
@@ -37,6 +38,7 @@ def test_every_number_has_its_source():
     for name, r in recipes.items():
         assert r.name == name and r.purpose and set(r.settings) == set(r.sources) and all(r.sources.values())
         assert all(k in repr(r) for k in r.settings)
+        for f in (r.make_dls, r.make_learner, r.train): assert callable(resolve_name(f.name))
 
 
 @pytest.mark.slow
