@@ -134,13 +134,19 @@ def test_all_replaces_fastais_names_and_nothing_else():
     assert out.strip().splitlines()[-1] == "['LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat']"
 
 
+SHOWN = {'cli': ['main']}  # of a module that is no room
+
+
 def public():
-    "Every public function and class of ours: its module, its name, itself"
-    for m in MODULES:
-        mod = importlib.import_module(f'fastai_smooth.{m}')
-        for name in mod.__all__:
-            obj = getattr(mod, name)
-            if m != 'all' and callable(obj) and not (isinstance(obj, type) and issubclass(obj, Exception)): yield m, name, obj
+    "What a room shows: the module that holds it, its name, itself"
+    for room in dict.fromkeys(map(room_of, MODULES)):
+        if room == 'all': continue
+        shown = importlib.import_module(f'fastai_smooth.{room}')
+        for name in SHOWN.get(room, shown.__all__):
+            obj = getattr(shown, name)
+            if not callable(obj) or (isinstance(obj, type) and issubclass(obj, Exception)): continue
+            module = getattr(obj, '__module__', '').removeprefix('fastai_smooth.')
+            yield module if module in MODULES else next(m for m in MODULES if room_of(m) == room), name, obj
 
 
 def lacks_of(module, name, obj):
