@@ -25,7 +25,7 @@ def check_several_classes(
 ):
     "Raise a ValueError for a softmax over one column, which is 1 whatever is predicted"
     if shape[axis] == 1:
-        raise ValueError(f"Logits of shape {tuple(shape)} have one class at axis {axis}, whose softmax is always 1: nothing would be learned from a dense target. "
+        raise ValueError(f"Logits of shape {tuple(shape)} have one class at axis {axis}, whose softmax is always 1: a dense target teaches nothing. "
                          "For one logit per yes-or-no question use LabelSmoothingBCE or smooth_binary_cross_entropy.")
 
 def entries(
@@ -120,7 +120,8 @@ def check_class_weight(
     if weight is not None and weight.numel() and is_readable(weight):
         low, high = weight.detach().aminmax()
         if not (low.item() >= 0 and high.item() < math.inf):
-            raise ValueError(f"{name} must be finite and at least 0, but is {weight.detach().tolist()}. A class that never occurs has no 1/count: give it a weight by hand.")
+            raise ValueError(f"{name} must be finite and at least 0, but is {weight.detach().tolist()}. "
+                             "A class that never occurs has no 1/count: give it a weight by hand.")
     return weight
 
 def without_ignored(
@@ -219,7 +220,8 @@ def binary_cross_entropy_of_logits(
         if w is not None and (w.ndim > logits.ndim or any(a not in (1, b) for a, b in zip(w.shape[::-1], logits.shape[::-1]))):
             raise ValueError(f"{name} of shape {tuple(w.shape)} cannot be broadcast to the logits of shape {tuple(logits.shape)}.")
     infinite = logits.isinf() & known
-    loss = F.binary_cross_entropy_with_logits(logits.masked_fill(infinite | ~known, 0.), target.masked_fill(~known, 0.), weight, pos_weight=pos_weight, reduction='none')
+    z, y = logits.masked_fill(infinite | ~known, 0.), target.masked_fill(~known, 0.)
+    loss = F.binary_cross_entropy_with_logits(z, y, weight, pos_weight=pos_weight, reduction='none')
     if not is_readable(infinite) or infinite.any(): # there the loss is a multiple of |z|, where torch says nan
         wrong = torch.where(logits < 0, target if pos_weight is None else target*pos_weight, 1-target)
         loss = torch.where(infinite, times(wrong if weight is None else wrong*weight, logits.abs().masked_fill(~infinite, 0.)), loss)

@@ -78,7 +78,8 @@ def mass_of(
     ignore_index:int|None, # Index without mass
 )->Tensor: # 1 for a position that has a label, its mass for a soft target, 0 where ignored; at most 1
     "How much there is to learn at each position"
-    if is_mixed(target) or target.is_floating_point(): return (target.dense() if is_mixed(target) else base_tensor(target)).sum(axis).to(pred.dtype).clamp(max=1.)
+    if is_mixed(target): target = target.dense()
+    if target.is_floating_point(): return base_tensor(target).sum(axis).to(pred.dtype).clamp(max=1.)
     if target.ndim == pred.ndim and target.shape[axis] > 1: return (target.sum(axis) > 0).to(pred.dtype) # multi-hot
     if target.ndim == pred.ndim: target = target.squeeze(axis)
     target = base_tensor(target)

@@ -1,5 +1,6 @@
 "The choice of the path: what decides it, and that nothing is caught on the way"
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -55,9 +56,10 @@ def test_torchs_own_loss(shape, axis, reduction, weight, calls):
         y = torch.randint(0, K, z.select(axis, 0).shape)
         if ignore_index is not None: y.view(-1)[::4] = ignore_index
         results = []
-        for loss in (lambda x: paths.torch_cross_entropy(x, *paths.kept_entries(y.unsqueeze(axis), None, K, ignore_index, x.dtype), eps, axis % x.ndim, weight,
-                                                         reduction, None),
-                     lambda x: smooth_cross_entropy_reference(x, y, eps, axis=axis, weight=weight, ignore_index=ignore_index, reduction=reduction)):
+        index, coefficient = paths.kept_entries(y.unsqueeze(axis), None, K, ignore_index, z.dtype)
+        own = partial(paths.torch_cross_entropy, index=index, coefficient=coefficient, eps=eps, axis=axis % z.ndim, weight=weight, reduction=reduction, formula=None)
+        exact = partial(smooth_cross_entropy_reference, target=y, eps=eps, axis=axis, weight=weight, ignore_index=ignore_index, reduction=reduction)
+        for loss in (own, exact):
             x = z.clone().requires_grad_()
             value = loss(x)
             value.sum().backward()
