@@ -7,12 +7,16 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.training_pass.html.
 # %% auto #0
 __all__ = ['TrainingPassCallback', 'StandIn']
 
-# %% ../../nbs/41_callback.training_pass.ipynb #20832b98
+# %% ../../nbs/41_callback.training_pass.ipynb #c381ad4c
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
 
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from torch import nn
+
+from .soft_loss import is_known
 
 # %% ../../nbs/41_callback.training_pass.ipynb #eb0ac97f
 class OneShot:
@@ -65,7 +69,7 @@ class TrainingPassCallback(Callback):
         # Most events are not ours; the general look-up would fall through to the Learner for each of them
         if event_name == 'after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
 
-# %% ../../nbs/41_callback.training_pass.ipynb #2695a2a1
+# %% ../../nbs/41_callback.training_pass.ipynb #a16fdf9d
 def _as_is(x): return x
 
 class StandIn:
@@ -91,6 +95,20 @@ class StandIn:
 
     def __reduce__(self): return _as_is, (self.user,)
     def __repr__(self): return f'{self.user!r}, which {type(self).__name__} stands for'
+
+# %% ../../nbs/41_callback.training_pass.ipynb #75571d48
+def stands_in(
+    loss # A loss of a learner in the middle of a pass
+)->bool: # True for stand-ins and for functions, such as those of fastai's mixers
+    "Whether a loss only stands for another one"
+    return isinstance(loss, (StandIn, FunctionType, MethodType, partial)) and not is_known(loss)
+
+def put_back_loss(
+    learn, # The `Learner`
+    before, # Its loss before the pass
+):
+    "Give the learner its loss back, unless it has a new one"
+    if stands_in(learn.loss_func): learn.loss_func = before
 
 # %% ../../nbs/41_callback.training_pass.ipynb #3f9f2793
 class Carried:
