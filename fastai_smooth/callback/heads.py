@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.heads.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/43_callback.heads.ipynb #7ad20657
+# %% ../../nbs/43_callback.heads.ipynb #75b9f3fa
 import torch
 from fastai.losses import BaseLoss
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .batch_target import BatchTarget, BlendedTarget, Form, after_loss, bare
 from .soft_loss import strength_of
 from .training_pass import StandIn
-from ..losses import LabelSmoothingBCE, MultiTargetLoss, SmoothingLoss
+from ..losses import LabelSmoothingBCE, MultiTargetLoss, SmoothingLoss, loss_settings
 from ..targets import MixedTarget, base_tensor, is_mixed, smooth_binary, spread, to_dense
 
-# %% ../../nbs/43_callback.heads.ipynb #bb0ada9f
+# %% ../../nbs/43_callback.heads.ipynb #0d168aa5
 class Head:
     "One target of a training pass: its loss, and how it is blended and smoothed"
     def __init__(self,
@@ -34,7 +34,9 @@ class Head:
         self.position,self.part,self.user,self.smooth = position,part,user,smooth
         self.leaves = part.leaves() if isinstance(part, SmoothingLoss) else [part]
         self.binary = is_binary(part, self.leaves, convention)
-        self.axis = getattr(part, 'axis', 1) if axis is None else axis
+        found = loss_settings(part)
+        self.axis = axis if axis is not None else 1 if found.axis is None else found.axis
+        self.ignore_index = found.ignore_index
         self.convention,self.dist,self.alone = convention,dist,alone
         self.own_conventions = [getattr(leaf, 'convention', None) for leaf in self.leaves]
         self.flattens = isinstance(user, BaseLoss) and user.flatten
@@ -48,8 +50,7 @@ class Head:
         self.n_classes = n_classes
         multi_hot = self.binary or getattr(self.part, 'takes_multi_hot', False)
         kind = 'numbers' if not (self.smooth or isinstance(self.part, SmoothingLoss)) else 'labels' if multi_hot else 'classes'
-        ignored = next((leaf.ignore_index for leaf in self.leaves if hasattr(leaf, 'ignore_index')), -100)
-        self.form = Form(n_classes, self.axis, ignored, kind)
+        self.form = Form(n_classes, self.axis, self.ignore_index, kind)
 
     def wrap(self,
         y:Tensor # Target of the data loader
@@ -74,10 +75,10 @@ def check_finite(
 ):
     "Raise a ValueError that names the first example with a nan"
     bad = q.isnan().flatten(1).any(1) if q.ndim > 1 else q.isnan()
-    if bad.any(): raise ValueError(f"Row {bad.nonzero()[0].item()} of a dense target of shape {tuple(q.shape)} holds nan, such as 0/0 in votes that were never cast. "
+    if bad.any(): raise ValueError(f"Row {bad.nonzero()[0].item()} of a dense target of shape {tuple(q.shape)} holds nan, such as 0/0 where nobody voted. "
                                    "Leave the example out, or give it zeros everywhere: then it is ignored.")
 
-# %% ../../nbs/43_callback.heads.ipynb #e55f51a6
+# %% ../../nbs/43_callback.heads.ipynb #ed557cf3
 def target_for(
     head:Head, # A target of the pass
     y, # What the callbacks made of it
@@ -88,7 +89,7 @@ def target_for(
     "Give the loss of a target its strength; smooth the target itself if the loss has none"
     part,hard,y = head.part,y.hard if isinstance(y, (BatchTarget, BlendedTarget)) else y,bare(y)
     blended = is_mixed(y) or (isinstance(y, Tensor) and y.is_floating_point() and isinstance(hard, Tensor) and not hard.is_floating_point())
-    if head.flattens and isinstance(pred, Tensor): y = like_predictions(y, pred, head.axis)
+    if head.flattens and not head.binary and isinstance(pred, Tensor): y = like_predictions(y, pred, head.axis)
     if not head.smooth: return unsmoothed(head, y, hard, pred, blended)
     if head.binary and isinstance(part, SmoothingLoss):
         y,convention = binary_form(head, y, hard, pred, blended)
@@ -97,7 +98,9 @@ def target_for(
         y = dense_form(head, y, pred)
         if strength_of(part) is not None and head.alone and head.dist is None and head.convention is None: part.eps = eps
         elif head.binary: return part,smooth_binary(y, eps, head.convention or 'half')
-        else: return part,spread(y, eps, head.axis, head.dist, head.convention or 'uniform', **({} if head.dist is None else {'logits': pred, 'inputs': inputs}))
+        else:
+            context = {} if head.dist is None else {'logits': pred, 'inputs': inputs}
+            return part,spread(y, eps, head.axis, head.dist, head.convention or 'uniform', **context)
     if isinstance(part, SmoothingLoss): part.eps = eps
     return part,y
 
@@ -142,13 +145,15 @@ def like_predictions(y, pred, axis):
         if not y.is_sparse_mixture or y.indices.ndim < 3 or len(shape) != 1 or y.indices[:,0].numel() != shape[0]: return y
         flat = lambda t: t.movedim(1, -1).reshape(-1, t.shape[1])
         return MixedTarget(flat(y.indices), flat(y.weights), y.n_classes, 1, y.ignore_index)
-    if not isinstance(y, Tensor) or tuple(y.shape) in (tuple(pred.shape), tuple(shape)) or y.ndim == pred.ndim: return y
+    if not isinstance(y, Tensor) or tuple(y.shape) in (tuple(pred.shape), tuple(shape)): return y
     if y.is_floating_point(): return y.reshape(pred.shape) if y.numel() == pred.numel() else y
+    if y.ndim == pred.ndim and y.shape[axis] == 1: return y # a column
     return y.reshape(shape) if y.numel()*pred.shape[axis] == pred.numel() else y
 
 # %% ../../nbs/43_callback.heads.ipynb #66d4b16d
 class SmoothedLoss(StandIn):
     "The loss of a training pass: of the smoothed targets in training, the user's loss otherwise"
+    sees_through = False
     own = {'learn', 'compute', 'soft', 'heads', 'reductions', 'given', 'fresh', 'checked', 'active'}
     def __init__(self,
         learn, # The `Learner`
@@ -194,7 +199,8 @@ class SmoothedLoss(StandIn):
             loss,targets[i] = target_for(head, yb[i], own, strength(head.position) if head.smooth else None, inputs)
             losses.append(loss)
         if several: self.soft.losses = losses
-        if any(getattr(leaf, 'dist', None) is not None for loss in losses if isinstance(loss, SmoothingLoss) for leaf in loss.leaves()): kwargs['inputs'] = inputs
+        leaves = [leaf for loss in losses if isinstance(loss, SmoothingLoss) for leaf in loss.leaves()]
+        if any(getattr(leaf, 'dist', None) is not None for leaf in leaves): kwargs['inputs'] = inputs
         return self.soft(pred, *targets, **kwargs)
 
     def _follow_reduction(self):
@@ -228,7 +234,7 @@ class SmoothedLoss(StandIn):
         for head in self.heads:
             if head.learns is None or head.hard is None: continue
             z,y = pred[head.position] if isinstance(self.soft, MultiTargetLoss) else pred,base_tensor(head.hard)
-            if head.flattens: y = like_predictions(y, z, head.axis)
+            if head.flattens and not head.binary: y = like_predictions(y, z, head.axis)
             if not y.is_floating_point():
                 if y.ndim == z.ndim: y = y.squeeze(head.axis)
                 if head.form.ignore_index is not None: y = y.masked_fill(y == head.form.ignore_index, -1) # teaches nothing

@@ -21,12 +21,12 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
 from torch import Tensor, nn
 
-from .batch_target import BatchTarget
+from .batch_target import BatchTarget, after_loss
 from .heads import Head, SmoothedLoss
 from .soft_loss import is_known, own_strength, soft_loss, unknown_loss
-from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_loss, stands_in
+from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_loss, real_loss, stands_in
 from ..distributions import Distribution
-from ..losses import LabelSmoothingBCE, MultiTargetLoss, SmoothingLoss
+from ..losses import MultiTargetLoss, SmoothingLoss, loss_settings
 from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_dist, check_eps, is_mixed
 
 # %% ../../nbs/44_callback.smoothing.ipynb #d2e85d7b
@@ -97,7 +97,7 @@ class SmoothingSettings(TrainingPassCallback):
         if 1 < len(ax.lines) <= 12: ax.legend()
         return ax
 
-# %% ../../nbs/44_callback.smoothing.ipynb #c31788dd
+# %% ../../nbs/44_callback.smoothing.ipynb #096ddbb8
 def heads_of(
     settings:SmoothingSettings, # What the callback was told
     soft, # Soft version of the user's loss
@@ -145,19 +145,17 @@ def configure(
         leaf.negative = settings.negative
         check_dist(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #d9921dad
+# %% ../../nbs/44_callback.smoothing.ipynb #bdf71ae5
 def find_classes(
     learn, # The `Learner`
     head:Head, # One of the targets
     given:int|None, # The argument `n_classes` of the callback
 )->int|None: # Number of classes, None if nobody tells
     "The number of classes: the argument, the weight of the loss, or fastai's `get_c`"
-    weight = getattr(head.part, 'weight', None)
+    own = loss_settings(head.user).n_classes
     given = given if head.smooth else None # that of the target that is smoothed
-    weighted = len(weight) if isinstance(weight, Tensor) and weight.ndim == 1 and len(weight) > 1 else None
-    if given is not None and weighted is not None and given != weighted:
-        raise ValueError(f"n_classes={given}, but the loss has weights for {weighted} classes.")
-    if given or weighted: return given or weighted
+    if given is not None and own is not None and given != own: raise ValueError(f"n_classes={given}, but the loss has weights for {own} classes.")
+    if given or own: return given or own
     c = get_c(learn.dls)
     if isinstance(c, (list, tuple)): c = c[head.position] if -len(c) <= head.position < len(c) else None # one number per target
     return int(c) or None if isinstance(c, Integral) else None
@@ -169,14 +167,14 @@ def device_of(
     device = getattr(learn.dls, 'device', None) if isinstance(learn.dls.loaders[0], DataLoader) else None
     return device or next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #9ce540d9
+# %% ../../nbs/44_callback.smoothing.ipynb #42880f45
 @contextmanager
 def same_randomness():
     "Whatever is drawn inside leaves no trace"
-    states = random.getstate(),np.random.get_state(),torch.get_rng_state()
+    states = random.getstate(),np.random.get_state(),torch.get_rng_state() # noqa: NPY002  (what transforms draw from)
     try: yield
     finally:
-        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2]) # noqa: NPY002
 
 def first_targets(
     learn # The `Learner`
@@ -200,17 +198,17 @@ def check_validation(
     "Raise a ValueError if the user's loss cannot take the targets that validation will give it"
     learn = loss.learn
     if loss.given is None or learn.train_iter or '_do_epoch_validate' in vars(learn): return # a validation of somebody else
-    found = first_targets(learn)
-    if found is None or [form_of(y, False) for y in found] != [form_of(y, True) for y in loss.given]: return
+    found,targets = first_targets(learn),[after_loss(y, given)[0] for y, given in zip(learn.yb, loss.given)]
+    if found is None or [form_of(y, False) for y in found] != [form_of(y, True) for y in targets]: return
     try:
-        with torch.no_grad(): loss.user(pred, *loss.given)
+        with torch.no_grad(): loss.user(pred, *targets)
     except Exception as e: # whatever the user's loss raises, it would raise an epoch later
-        form = ' and '.join(f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}" for y in loss.given if isinstance(y, Tensor))
+        form = ' and '.join(f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}" for y in targets if isinstance(y, Tensor))
         raise ValueError(f"The data loader gives targets {form}, and {loss.user!r} cannot take them: the validation after the first epoch would fail "
                          f"({type(e).__name__}: {e}). Use a loss for both, such as LabelSmoothingCrossEntropy(0.) or, for a question per class, "
                          "LabelSmoothingBCE(0.).") from e
 
-# %% ../../nbs/44_callback.smoothing.ipynb #0dd60b02
+# %% ../../nbs/44_callback.smoothing.ipynb #44bc20d6
 def show_strengths(
     learn, # The `Learner`
     log:list, # A strength per batch
@@ -226,17 +224,22 @@ def mixers_in(
     "The mixers inside a callback"
     return [c for c in cb.__dict__.get('mixers', ()) if isinstance(c, Callback)]
 
+def all_mixers(
+    learn # The `Learner`
+)->list: # Its callbacks, and those inside them
+    "All callbacks that may mix"
+    return [mixer for cb in learn.cbs for mixer in (cb, *mixers_in(cb))]
+
 def forget_targets(
     learn # The `Learner`
 ):
     "Delete the mixed targets that mixers have kept"
     # `yb1` is what fastai's mixers call it; there is no public way to let go of a batch. A test pins that an export holds nothing of ours.
-    for cb in learn.cbs:
-        for mixer in [cb, *mixers_in(cb)]:
-            kept = mixer.__dict__.get('yb1')
-            if isinstance(kept, tuple) and any(isinstance(y, BatchTarget) or is_mixed(y) for y in kept): del mixer.yb1
+    for mixer in all_mixers(learn):
+        kept = mixer.__dict__.get('yb1')
+        if isinstance(kept, tuple) and any(isinstance(y, BatchTarget) or is_mixed(y) for y in kept): del mixer.yb1
 
-# %% ../../nbs/44_callback.smoothing.ipynb #54bf9ac8
+# %% ../../nbs/44_callback.smoothing.ipynb #89698960
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
@@ -322,7 +325,7 @@ class SmoothingPass(SmoothingSettings):
         loss.checked = True
         return value
 
-# %% ../../nbs/44_callback.smoothing.ipynb #54c5d9ca
+# %% ../../nbs/44_callback.smoothing.ipynb #78c93b25
 class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them
@@ -349,9 +352,13 @@ class LabelSmoothing(SmoothingPass):
 
     def _adopt(self):
         "Whoever gives the learner another loss in a pass gets it: smoothed from then on, and kept afterwards"
-        new = self.learn.loss_func
+        if isinstance(self.learn.loss_func, SmoothedLoss): return
+        new = real_loss(self.learn.loss_func)
         if stands_in(new): return
+        for mixer in all_mixers(self.learn): # they took the new loss for one to blend the values of
+            if real_loss(getattr(mixer, 'old_lf', None)) is new: mixer.stack_y = False
         given,self._before = self._pass.given,new
+        self.learn.loss_func = new
         self._pass = self.learn.loss_func = self.training_loss(self.learn)
         self._pass.given = given
 

@@ -7,12 +7,13 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.training_pass.html.
 # %% auto #0
 __all__ = ['TrainingPassCallback', 'StandIn']
 
-# %% ../../nbs/41_callback.training_pass.ipynb #c381ad4c
+# %% ../../nbs/41_callback.training_pass.ipynb #a56c6389
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
 
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.torch_core import get_model
 from torch import nn
 
@@ -69,13 +70,14 @@ class TrainingPassCallback(Callback):
         # Most events are not ours; the general look-up would fall through to the Learner for each of them
         if event_name == 'after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
 
-# %% ../../nbs/41_callback.training_pass.ipynb #a16fdf9d
+# %% ../../nbs/41_callback.training_pass.ipynb #d123ebda
 def _as_is(x): return x
 
 class StandIn:
     "Stands for the user's loss while a training pass runs, and passes on to it whatever is asked or set"
     y_int = False # fastai's mixers then blend the targets and leave the loss alone
     own = () # attributes of a subclass, which are not passed on
+    sees_through = True # whether it adds nothing to the user's loss but the mixing
     def __init__(self,
         user # The user's loss
     ): self.__dict__['user'] = user
@@ -96,12 +98,21 @@ class StandIn:
     def __reduce__(self): return _as_is, (self.user,)
     def __repr__(self): return f'{self.user!r}, which {type(self).__name__} stands for'
 
-# %% ../../nbs/41_callback.training_pass.ipynb #75571d48
+# %% ../../nbs/41_callback.training_pass.ipynb #b6048830
 def stands_in(
     loss # A loss of a learner in the middle of a pass
 )->bool: # True for stand-ins and for functions, such as those of fastai's mixers
     "Whether a loss only stands for another one"
     return isinstance(loss, (StandIn, FunctionType, MethodType, partial)) and not is_known(loss)
+
+def real_loss(
+    loss # A loss of a learner in the middle of a pass
+): # The loss that it stands for in the end; a `SmoothedLoss` is one itself
+    "What stand-ins and fastai's mixers have put around a loss, taken off again"
+    while True:
+        if isinstance(loss, StandIn) and loss.sees_through: loss = loss.user
+        elif isinstance(loss, MethodType) and isinstance(loss.__self__, MixHandler): loss = loss.__self__.old_lf # what fastai's mixers call it
+        else: return loss
 
 def put_back_loss(
     learn, # The `Learner`

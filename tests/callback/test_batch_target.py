@@ -280,7 +280,7 @@ def test_a_loss_taken_at_the_start_of_a_fit(loss):
 def test_a_category_and_something_else_per_image(other, mixers):
     "As a DataBlock loads them: TensorCategory beside a float or TensorPoint; the other head has its own loss"
     set_seed(0)
-    block = RegressionBlock() if other == 'number' else PointBlock()
+    block = RegressionBlock() if other == 'number' else PointBlock
     get_other = (lambda i: float(i)/20) if other == 'number' else (lambda i: TensorPoint(torch.tensor([[float(i % 8), 3.]])))
     dls = DataBlock((ImageBlock, CategoryBlock, block), n_inp=1, get_items=lambda _: list(range(20)), splitter=lambda items: (items[:16], items[16:]),
                     get_x=lambda i: PILImage.create(np.full((8, 8, 3), 12*i, np.uint8)), get_y=[lambda i: 'abc'[i % 3], get_other]
@@ -316,13 +316,14 @@ class Replace(Callback):
 
 
 @pytest.mark.parametrize('mixers', [list, lambda: [MixUp()], lambda: [OneOf(MixUp(), CutMix())], lambda: [TimmMix()]], ids=['none', 'mixup', 'oneof', 'timm'])
-@pytest.mark.parametrize('event', ['before_train', 'before_batch', 'after_pred'])
-def test_a_loss_set_in_a_fit_is_smoothed_and_kept(event, mixers):
+@pytest.mark.parametrize('event', ['before_train', 'before_batch', 'after_batch'])
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss, CrossEntropyLossFlat])
+def test_a_loss_set_in_a_fit_is_smoothed_and_kept(loss, event, mixers):
     w = torch.tensor([1., 2., 5., .5])
-    new = nn.CrossEntropyLoss(w)
+    new = loss(weight=w)
     learn = fit(make_learner('index', CrossEntropyLossFlat(), [LabelSmoothing(.2), Replace(event, new, -50 if event == 'before_train' else 0), WhatTheLossSaw(), *mixers()]), 2)
     assert learn.loss_func is new
-    seen = learn.look.seen
+    seen = learn.look.seen[event == 'after_batch':]
     for x, pred, loss, _ in seen: np.testing.assert_allclose(loss, expected_loss(x, pred, 'index', .2, weight=w.tolist()), rtol=2e-5)
 
 
