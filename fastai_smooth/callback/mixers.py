@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.mixers.html.md"""
 # %% auto #0
 __all__ = ['OneOf', 'CutMixMask', 'TimmMix']
 
-# %% ../../nbs/45_callback.mixers.ipynb #22688797
+# %% ../../nbs/45_callback.mixers.ipynb #8fc2d312
 from contextlib import contextmanager
 
 import torch
@@ -40,7 +40,7 @@ class OneOf(TrainingPassCallback):
     _batch_events = ('after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step '
                      'after_cancel_batch after_batch').split()
     _drawn = None # position of the mixer of the current batch
-    _stateattrs = ('_drawn',)
+    _stateattrs = ('_drawn', 'in_pass')
 
     def __init__(self,
         *cbs, # Mixers, such as fastai's `MixUp()` and `CutMix()`
@@ -207,7 +207,7 @@ class TimmDraws(MixHandler):
             edges += [(centre-b//2).clamp(0, length), (centre+(b+1)//2).clamp(0, length)]
         return torch.stack(edges, 1)
 
-# %% ../../nbs/45_callback.mixers.ipynb #97c69a52
+# %% ../../nbs/45_callback.mixers.ipynb #cd7f5581
 class TimmMix(TimmDraws, TrainingPassCallback):
     "timm's Mixup as a callback: MixUp or CutMix of each example with its mirror image in the batch"
     stack_y = False # also where a fit ends before its first pass

@@ -97,7 +97,7 @@ class SmoothingSettings(TrainingPassCallback):
         if 1 < len(ax.lines) <= 12: ax.legend()
         return ax
 
-# %% ../../nbs/44_callback.smoothing.ipynb #096ddbb8
+# %% ../../nbs/44_callback.smoothing.ipynb #858b43d4
 def heads_of(
     settings:SmoothingSettings, # What the callback was told
     soft, # Soft version of the user's loss
@@ -145,7 +145,7 @@ def configure(
         leaf.negative = settings.negative
         check_dist(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #bdf71ae5
+# %% ../../nbs/44_callback.smoothing.ipynb #8d5956e9
 def find_classes(
     learn, # The `Learner`
     head:Head, # One of the targets
@@ -167,7 +167,7 @@ def device_of(
     device = getattr(learn.dls, 'device', None) if isinstance(learn.dls.loaders[0], DataLoader) else None
     return device or next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #42880f45
+# %% ../../nbs/44_callback.smoothing.ipynb #d0d42228
 @contextmanager
 def same_randomness():
     "Whatever is drawn inside leaves no trace"
@@ -208,7 +208,7 @@ def check_validation(
                          f"({type(e).__name__}: {e}). Use a loss for both, such as LabelSmoothingCrossEntropy(0.) or, for a question per class, "
                          "LabelSmoothingBCE(0.).") from e
 
-# %% ../../nbs/44_callback.smoothing.ipynb #44bc20d6
+# %% ../../nbs/44_callback.smoothing.ipynb #c4d7e352
 def show_strengths(
     learn, # The `Learner`
     log:list, # A strength per batch
@@ -239,7 +239,7 @@ def forget_targets(
         kept = mixer.__dict__.get('yb1')
         if isinstance(kept, tuple) and any(isinstance(y, BatchTarget) or is_mixed(y) for y in kept): del mixer.yb1
 
-# %% ../../nbs/44_callback.smoothing.ipynb #89698960
+# %% ../../nbs/44_callback.smoothing.ipynb #ba1df99c
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
@@ -282,7 +282,6 @@ class SmoothingPass(SmoothingSettings):
     )->SmoothedLoss: # Stands for the user's loss while a training pass runs
         "Check that this callback fits the learner, before anything is trained"
         user = learn.loss_func
-        while isinstance(user, SmoothedLoss): user = user.user # a fit inside a fit
         others = [cb for cb in learn.cbs if isinstance(cb, LabelSmoothing) and cb is not self]
         if others: raise ValueError(f"The learner has two callbacks that smooth, {self!r} and {others[0]!r}: remove one of them. "
                                     "One callback can smooth several targets: target=(0, 1).")
@@ -325,16 +324,16 @@ class SmoothingPass(SmoothingSettings):
         loss.checked = True
         return value
 
-# %% ../../nbs/44_callback.smoothing.ipynb #78c93b25
+# %% ../../nbs/44_callback.smoothing.ipynb #e24d65a0
 class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them
-    _stateattrs = ('_pass', 'log')
+    _stateattrs = ('_pass', '_before', 'log', 'in_pass')
     log = () # the strength (its mean over the classes) of each batch of the last fit, where a schedule says it
 
     @contextmanager
     def around_train(self, learn):
-        outer,self._before = self._pass,learn.loss_func
+        self._before = learn.loss_func # until somebody gives the learner another one
         self._pass = learn.loss_func = self.training_loss(learn)
         if learn.train_iter == 0: self.log = [] # a new fit
         try:
@@ -346,7 +345,7 @@ class LabelSmoothing(SmoothingPass):
         finally:
             put_back_loss(learn, self._before)
             self.put_back()
-            self._pass = outer
+            self._pass = None
             if self.log: show_strengths(learn, self.log)
             forget_targets(learn)
 

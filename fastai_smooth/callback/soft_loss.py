@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.soft_loss.html.md""
 # %% auto #0
 __all__ = ['soft_loss']
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #23ce9d5b
+# %% ../../nbs/40_callback.soft_loss.ipynb #83143667
 from functools import partial, singledispatch, wraps
 from types import BuiltinFunctionType, FunctionType
 
@@ -47,7 +47,7 @@ def soft_loss(
     if not is_known(loss_func): raise unknown_loss(loss_func)
     return FUNCTIONS[loss_func]()
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #ee06c331
+# %% ../../nbs/40_callback.soft_loss.ipynb #4dc546fd
 COMPUTES = {} # Classes of other packages in the registry: to the method that computes the loss
 
 def register_class(
@@ -97,7 +97,7 @@ def _(loss:EachClass): return EachClass(loss.loss, loss.axis, loss.ignore_index)
 def _(loss:MultiTargetLoss): # a head without a soft version, such as a regression, stays what it is
     return MultiTargetLoss(*(soft_loss(part) if is_known(part) else part for part in loss.losses), weights=loss.weights)
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #1092326a
+# %% ../../nbs/40_callback.soft_loss.ipynb #c0bc3724
 @register_class(nn.CrossEntropyLoss)
 def _(loss):
     return LabelSmoothingCrossEntropy(max(loss.label_smoothing, 0.), loss.weight, loss.reduction, axis=1, ignore_index=loss.ignore_index)
@@ -139,7 +139,7 @@ def _(loss):
     return LabelSmoothingBCE(loss.smoothing, loss.weight, reduction, pos_weight=loss.pos_weight, target_threshold=loss.target_threshold,
                              sum_classes=loss.sum_classes)
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #41f477aa
+# %% ../../nbs/40_callback.soft_loss.ipynb #a060695a
 def inner_losses(
     loss # Any loss
 )->list: # It, and the losses inside it: fastai's wrap one, ours are made of several

@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.training_pass.html.
 # %% auto #0
 __all__ = ['TrainingPassCallback', 'StandIn']
 
-# %% ../../nbs/41_callback.training_pass.ipynb #a56c6389
+# %% ../../nbs/41_callback.training_pass.ipynb #d075be2c
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
@@ -36,10 +36,13 @@ class OneShot:
 
     def __call__(self):
         self.take_away()
-        # The callback may have been removed since, or belong to another learner now
-        if self.spent or self.owner.learn is not self.learn: return self.inner()
-        self.spent = True
-        with self.owner.around_train(self.learn): return self.inner()
+        owner = self.owner
+        # The callback may have been removed since, or belong to another learner now; one left from a fit that failed has nothing to add
+        if self.spent or owner.learn is not self.learn or owner.in_pass: return self.inner()
+        self.spent = owner.in_pass = True
+        try:
+            with owner.around_train(self.learn): return self.inner()
+        finally: owner.in_pass = False
 
     # A learner that is pickled or copied meanwhile gets its own method instead
     def __reduce__(self): return getattr, (self.learn, '_do_epoch_train')
@@ -48,6 +51,8 @@ class OneShot:
 class TrainingPassCallback(Callback):
     "A callback whose `around_train` is a context manager around each training pass, left however the pass ends"
     run_valid = False
+    in_pass = False # whether a pass is running
+    _stateattrs = ('in_pass',)
 
     @contextmanager
     def around_train(self,
@@ -70,7 +75,7 @@ class TrainingPassCallback(Callback):
         # Most events are not ours; the general look-up would fall through to the Learner for each of them
         if event_name == 'after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
 
-# %% ../../nbs/41_callback.training_pass.ipynb #d123ebda
+# %% ../../nbs/41_callback.training_pass.ipynb #e8104267
 def _as_is(x): return x
 
 class StandIn:
@@ -98,7 +103,7 @@ class StandIn:
     def __reduce__(self): return _as_is, (self.user,)
     def __repr__(self): return f'{self.user!r}, which {type(self).__name__} stands for'
 
-# %% ../../nbs/41_callback.training_pass.ipynb #b6048830
+# %% ../../nbs/41_callback.training_pass.ipynb #abec4fe3
 def stands_in(
     loss # A loss of a learner in the middle of a pass
 )->bool: # True for stand-ins and for functions, such as those of fastai's mixers
