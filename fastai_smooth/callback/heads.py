@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.heads.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/43_callback.heads.ipynb #ffb4915c
+# %% ../../nbs/43_callback.heads.ipynb #5338b26f
 import torch
 from fastai.losses import BaseLoss
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .training_pass import StandIn
 from ..losses import LabelSmoothingBCE, MultiTargetLoss, SmoothingLoss, loss_settings
 from ..targets import MixedTarget, base_tensor, is_mixed, smooth_binary, spread, to_dense
 
-# %% ../../nbs/43_callback.heads.ipynb #11bdf1ad
+# %% ../../nbs/43_callback.heads.ipynb #bcbf63a6
 class Head:
     "One target of a training pass: its loss, and how it is blended and smoothed"
     def __init__(self,
@@ -78,7 +78,7 @@ def check_finite(
     if bad.any(): raise ValueError(f"Row {bad.nonzero()[0].item()} of a dense target of shape {tuple(q.shape)} holds nan, such as 0/0 where nobody voted. "
                                    "Leave the example out, or give it zeros everywhere: then it is ignored.")
 
-# %% ../../nbs/43_callback.heads.ipynb #4392909b
+# %% ../../nbs/43_callback.heads.ipynb #80e7a09c
 def target_for(
     head:Head, # A target of the pass
     y, # What the callbacks made of it
@@ -91,6 +91,7 @@ def target_for(
     blended = is_mixed(y) or (isinstance(y, Tensor) and y.is_floating_point() and isinstance(hard, Tensor) and not hard.is_floating_point())
     if head.flattens and not head.binary and isinstance(pred, Tensor): y = like_predictions(y, pred, head.axis)
     if not head.smooth: return unsmoothed(head, y, hard, pred, blended)
+    if head.form.kind == 'classes' and isinstance(part, SmoothingLoss): check_integers(y, pred, head.axis)
     if head.binary and isinstance(part, SmoothingLoss):
         y,convention = binary_form(head, y, hard, pred, blended)
         for leaf, own in zip(head.leaves, head.own_conventions): leaf.convention = convention or own
@@ -103,6 +104,15 @@ def target_for(
             return part,spread(y, eps, head.axis, head.dist, head.convention or 'uniform', **context)
     if isinstance(part, SmoothingLoss): part.eps = eps
     return part,y
+
+def check_integers(y, pred, axis):
+    "Raise a ValueError for class labels that are floating numbers"
+    if not isinstance(y, Tensor) or not isinstance(pred, Tensor) or not y.is_floating_point(): return
+    shape = list(pred.shape)
+    del shape[axis]
+    if list(y.shape) in (shape, [*shape, 1]) and y.shape != pred.shape:
+        raise ValueError(f"The target of shape {tuple(y.shape)} beside predictions of shape {tuple(pred.shape)} holds one number per example, but is "
+                         f"{y.dtype}: class labels are integers, use `.long()`.")
 
 def unsmoothed(head, y, hard, pred, blended):
     "The loss and target of a head that is not smoothed: the user's own, unless labels were blended that it cannot take"

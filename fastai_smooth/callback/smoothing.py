@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .batch_target import BatchTarget, after_loss
 from .heads import Head, SmoothedLoss
-from .soft_loss import is_known, own_strength, soft_loss, unknown_loss
+from .soft_loss import is_known, own_strength, soft_loss, unknown_loss, whose
 from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_loss, real_loss, stands_in
 from ..distributions import Distribution
 from ..losses import MultiTargetLoss, SmoothingLoss, loss_settings
@@ -97,7 +97,7 @@ class SmoothingSettings(TrainingPassCallback):
         if 1 < len(ax.lines) <= 12: ax.legend()
         return ax
 
-# %% ../../nbs/44_callback.smoothing.ipynb #858b43d4
+# %% ../../nbs/44_callback.smoothing.ipynb #5bec197a
 def heads_of(
     settings:SmoothingSettings, # What the callback was told
     soft, # Soft version of the user's loss
@@ -127,8 +127,8 @@ def configure(
     "Give the loss of a target the settings of the callback. A combination that has no meaning: ValueError"
     soft,name,t = head.part,type(user).__name__,head.position
     own = own_strength(soft)
-    if own is not None: raise ValueError(f"The loss {user!r} already smooths (eps={own}), and so does {settings!r}: remove the callback, or use a loss "
-                                         "that doesn't smooth.")
+    if own is not None: raise ValueError(f"The loss {user!r} ({whose(user)}) already smooths (eps={own}), and so does {settings!r}: remove the callback, "
+                                         "or use a loss that doesn't smooth.")
     dist,convention = head.dist,head.convention
     if head.binary and dist is not None:
         raise ValueError(f"dist={dist!r} spreads mass over exclusive classes and cannot be used with the binary loss {user!r}.")
@@ -145,7 +145,7 @@ def configure(
         leaf.negative = settings.negative
         check_dist(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #8d5956e9
+# %% ../../nbs/44_callback.smoothing.ipynb #9cbd36ac
 def find_classes(
     learn, # The `Learner`
     head:Head, # One of the targets
@@ -167,7 +167,7 @@ def device_of(
     device = getattr(learn.dls, 'device', None) if isinstance(learn.dls.loaders[0], DataLoader) else None
     return device or next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #d0d42228
+# %% ../../nbs/44_callback.smoothing.ipynb #fd5576f1
 @contextmanager
 def same_randomness():
     "Whatever is drawn inside leaves no trace"
@@ -208,7 +208,7 @@ def check_validation(
                          f"({type(e).__name__}: {e}). Use a loss for both, such as LabelSmoothingCrossEntropy(0.) or, for a question per class, "
                          "LabelSmoothingBCE(0.).") from e
 
-# %% ../../nbs/44_callback.smoothing.ipynb #c4d7e352
+# %% ../../nbs/44_callback.smoothing.ipynb #fc4d1042
 def show_strengths(
     learn, # The `Learner`
     log:list, # A strength per batch
@@ -239,7 +239,7 @@ def forget_targets(
         kept = mixer.__dict__.get('yb1')
         if isinstance(kept, tuple) and any(isinstance(y, BatchTarget) or is_mixed(y) for y in kept): del mixer.yb1
 
-# %% ../../nbs/44_callback.smoothing.ipynb #ba1df99c
+# %% ../../nbs/44_callback.smoothing.ipynb #cf5acd69
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
@@ -324,7 +324,7 @@ class SmoothingPass(SmoothingSettings):
         loss.checked = True
         return value
 
-# %% ../../nbs/44_callback.smoothing.ipynb #e24d65a0
+# %% ../../nbs/44_callback.smoothing.ipynb #bc89c80c
 class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them
