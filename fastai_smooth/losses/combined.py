@@ -18,7 +18,7 @@ from .binary import LabelSmoothingBCE
 from .overlap import LabelSmoothingDice
 from .settings import loss_settings
 from .softmax import SmoothingLoss
-from ..targets import base_tensor, check_axis, check_choice, dense_target, is_mixed
+from ..targets import base_tensor, check_axis, check_choice, dense_target, is_mixed, is_readable
 
 # %% ../../nbs/34_losses.combined.ipynb #d27534a0
 def set_reductions(
@@ -30,6 +30,7 @@ def set_reductions(
     check_choice(value, REDUCTIONS, 'reduction')
     losses = [loss for loss in losses if hasattr(loss, 'reduction')]
     now = [loss.reduction for loss in losses]
+    if value != 'none' and value in now[:1]: return # it is the value already
     back = owner._own if owner._own and value == owner._own[0] else [value]*len(now)
     if value == 'none': owner._own = owner._own if set(now) == {'none'} else now
     else: owner._own = None
@@ -77,8 +78,8 @@ def mass_of(
     ignore_index:int|None, # Index without mass
 )->Tensor: # 1 for a position that has a label, its mass for a soft target, 0 where ignored; at most 1
     "How much there is to learn at each position"
-    if is_mixed(target) or target.is_floating_point(): return (target.dense() if is_mixed(target) else base_tensor(target)).nansum(axis).clamp(max=1.)
-    if target.ndim == pred.ndim and target.shape[axis] > 1: return (target.sum(axis) > 0).float() # multi-hot
+    if is_mixed(target) or target.is_floating_point(): return (target.dense() if is_mixed(target) else base_tensor(target)).sum(axis).to(pred.dtype).clamp(max=1.)
+    if target.ndim == pred.ndim and target.shape[axis] > 1: return (target.sum(axis) > 0).to(pred.dtype) # multi-hot
     if target.ndim == pred.ndim: target = target.squeeze(axis)
     target = base_tensor(target)
     return torch.ones_like(target, dtype=pred.dtype) if ignore_index is None else (target != ignore_index).to(pred.dtype)
@@ -110,12 +111,14 @@ class LogitPenalty(LossOfLosses):
         "The loss and its penalty"
         loss,axis = self.loss(pred, target, **kwargs),check_axis(pred, self.loss.axis)
         z = in_single_precision(pred)
-        if self.kind == 'margin': penalty = (z.amax(axis, keepdim=True)-z-self.margin).relu().mean(axis)
-        elif self.kind == 'maxsup': penalty = z.amax(axis)-z.mean(axis)
-        else:
+        known = mass_of(target, z, axis, loss_settings(self.loss).ignore_index)
+        z = z.masked_fill((known == 0).unsqueeze(axis), 0.) # padding may hold anything
+        if self.kind == 'confidence':
             log_p = z.log_softmax(axis)
-            penalty = (log_p.exp()*log_p).sum(axis)
-        known = mass_of(target, pred, axis, loss_settings(self.loss).ignore_index).to(penalty.dtype)
+            penalty = (log_p.exp()*log_p.masked_fill(log_p == -torch.inf, 0.)).sum(axis)
+        else: # a class that is ruled out has no logit to keep small
+            gap = (z.amax(axis, keepdim=True)-z).masked_fill(z == -torch.inf, 0.)
+            penalty = (gap if self.kind == 'maxsup' else (gap-self.margin).relu()).mean(axis)
         penalty = self.strength*penalty*known
         if self.reduction != 'none': return loss + reduce(penalty, known, self.reduction)
         if isinstance(self.leaves()[0], LabelSmoothingDice): return loss + (penalty.flatten(1).mean(1) if penalty.ndim > 1 else penalty)[:,None]
@@ -260,7 +263,7 @@ class EachClass(nn.Module):
             self.loss.reduction = 'none'
             for k in range(q.shape[axis]):
                 share = q.select(axis, k)
-                if k == self.ignore_index or not share.any(): continue
+                if k == self.ignore_index or (is_readable(share) and not share.any()): continue # a GPU is not asked whether a class is there
                 each = self.loss(pred, torch.full(share.shape, k, device=q.device))
                 if each.numel() != share.numel():
                     raise ValueError(f"With reduction='none' {self.loss!r} gave the shape {tuple(each.shape)} for targets of shape {tuple(share.shape)}.")

@@ -27,7 +27,9 @@ def wrapped_losses(
 )->list: # Losses of the same predictions and target; empty for a loss of its own
     "The losses that a loss is made of"
     if callable(getattr(loss, 'parts', None)): return list(loss.parts())
-    return [inner for name in ('loss', 'func') if callable(inner := getattr(loss, name, None))][:1]
+    for name in ('loss', 'func'):
+        if callable(getattr(loss, name, None)): return [getattr(loss, name)]
+    return []
 
 def settings_of(
     loss, # Any loss
