@@ -12,6 +12,7 @@ from .formulas import (
     smooth_cross_entropy_reference,
     without_ignored,
 )
+from .gpu import check_labels as check_noted_labels
 from .heads import smooth_linear_cross_entropy
 from .paths import binary_cross_entropy, cross_entropy, smooth_binary_cross_entropy, smooth_cross_entropy
 
