@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.heads.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/43_callback.heads.ipynb #5338b26f
+# %% ../../nbs/43_callback.heads.ipynb #2d2c9d91
 import torch
 from fastai.losses import BaseLoss
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .training_pass import StandIn
 from ..losses import LabelSmoothingBCE, MultiTargetLoss, SmoothingLoss, loss_settings
 from ..targets import MixedTarget, base_tensor, is_mixed, smooth_binary, spread, to_dense
 
-# %% ../../nbs/43_callback.heads.ipynb #bcbf63a6
+# %% ../../nbs/43_callback.heads.ipynb #50de46ff
 class Head:
     "One target of a training pass: its loss, and how it is blended and smoothed"
     def __init__(self,
@@ -78,7 +78,7 @@ def check_finite(
     if bad.any(): raise ValueError(f"Row {bad.nonzero()[0].item()} of a dense target of shape {tuple(q.shape)} holds nan, such as 0/0 where nobody voted. "
                                    "Leave the example out, or give it zeros everywhere: then it is ignored.")
 
-# %% ../../nbs/43_callback.heads.ipynb #80e7a09c
+# %% ../../nbs/43_callback.heads.ipynb #24002c98
 def target_for(
     head:Head, # A target of the pass
     y, # What the callbacks made of it

@@ -26,6 +26,7 @@ from .heads import Head, SmoothedLoss
 from .soft_loss import is_known, own_strength, soft_loss, unknown_loss, whose
 from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_loss, real_loss, stands_in
 from ..distributions import Distribution
+from ..kernels import check_noted_labels
 from ..losses import MultiTargetLoss, SmoothingLoss, loss_settings
 from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_dist, check_eps, is_mixed
 
@@ -97,7 +98,7 @@ class SmoothingSettings(TrainingPassCallback):
         if 1 < len(ax.lines) <= 12: ax.legend()
         return ax
 
-# %% ../../nbs/44_callback.smoothing.ipynb #5bec197a
+# %% ../../nbs/44_callback.smoothing.ipynb #d46c9dc6
 def heads_of(
     settings:SmoothingSettings, # What the callback was told
     soft, # Soft version of the user's loss
@@ -145,7 +146,7 @@ def configure(
         leaf.negative = settings.negative
         check_dist(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #9cbd36ac
+# %% ../../nbs/44_callback.smoothing.ipynb #fd42bd3e
 def find_classes(
     learn, # The `Learner`
     head:Head, # One of the targets
@@ -167,7 +168,7 @@ def device_of(
     device = getattr(learn.dls, 'device', None) if isinstance(learn.dls.loaders[0], DataLoader) else None
     return device or next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #fd5576f1
+# %% ../../nbs/44_callback.smoothing.ipynb #01b7ec0f
 @contextmanager
 def same_randomness():
     "Whatever is drawn inside leaves no trace"
@@ -208,7 +209,7 @@ def check_validation(
                          f"({type(e).__name__}: {e}). Use a loss for both, such as LabelSmoothingCrossEntropy(0.) or, for a question per class, "
                          "LabelSmoothingBCE(0.).") from e
 
-# %% ../../nbs/44_callback.smoothing.ipynb #fc4d1042
+# %% ../../nbs/44_callback.smoothing.ipynb #9b531b60
 def show_strengths(
     learn, # The `Learner`
     log:list, # A strength per batch
@@ -239,7 +240,7 @@ def forget_targets(
         kept = mixer.__dict__.get('yb1')
         if isinstance(kept, tuple) and any(isinstance(y, BatchTarget) or is_mixed(y) for y in kept): del mixer.yb1
 
-# %% ../../nbs/44_callback.smoothing.ipynb #cf5acd69
+# %% ../../nbs/44_callback.smoothing.ipynb #84c5817d
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
@@ -320,11 +321,28 @@ class SmoothingPass(SmoothingSettings):
     )->Tensor: # Loss of the smoothed targets
         "The loss of a batch. Override it for a loss that is made of several"
         value = loss.smoothed(pred, yb, self.current_eps, **kwargs)
-        if not loss.checked: check_validation(loss, pred)
+        if not loss.checked:
+            check_labels_now(loss.learn)
+            check_validation(loss, pred)
         loss.checked = True
         return value
 
-# %% ../../nbs/44_callback.smoothing.ipynb #bc89c80c
+# %% ../../nbs/44_callback.smoothing.ipynb #318ed6d6
+class LateCheck(Callback):
+    "Raises the ValueError of a label outside the classes that a kernel has met, after the Recorder has waited for the loss"
+    order,run_valid = 60,False
+    def after_batch(self): check_noted_labels()
+
+def check_labels_now(
+    learn # The `Learner`
+):
+    "Wait for the GPU and raise the ValueError of a label outside the classes. Does nothing on a CPU"
+    device = device_of(learn)
+    if device.type != 'cuda': return
+    torch.cuda.synchronize(device)
+    check_noted_labels()
+
+# %% ../../nbs/44_callback.smoothing.ipynb #79dafec0
 class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them
@@ -336,13 +354,17 @@ class LabelSmoothing(SmoothingPass):
         self._before = learn.loss_func # until somebody gives the learner another one
         self._pass = learn.loss_func = self.training_loss(learn)
         if learn.train_iter == 0: self.log = [] # a new fit
+        late = LateCheck() if device_of(learn).type != 'cpu' else None
+        if late is not None: learn.add_cb(late)
         try:
             yield
+            check_labels_now(learn)
             for dist in self.members(): dist.next_epoch()
         except BaseException:
             for dist in self.members(): dist.forget()
             raise
         finally:
+            if late is not None: learn.remove_cb(late)
             put_back_loss(learn, self._before)
             self.put_back()
             self._pass = None

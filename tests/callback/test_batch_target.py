@@ -28,7 +28,8 @@ from fastai_smooth.distributions import Online
 from fastai_smooth.losses import LabelSmoothingCrossEntropy, MultiTargetLoss
 from fastai_smooth.targets import to_dense
 
-MIXERS = {'none': list, 'mixup': lambda: [MixUp()], 'cutmix': lambda: [CutMix()], 'both': lambda: [MixUp(), CutMix()], 'timm': lambda: [TimmMix(.8, 1., mode='elem')]}
+MIXERS = {'none': list, 'mixup': lambda: [MixUp()], 'cutmix': lambda: [CutMix()], 'both': lambda: [MixUp(), CutMix()],
+          'timm': lambda: [TimmMix(.8, 1., mode='elem')]}
 
 
 # -- operations: what a plain tensor of labels would give, unless a float comes in
@@ -36,20 +37,26 @@ MIXERS = {'none': list, 'mixup': lambda: [MixUp()], 'cutmix': lambda: [CutMix()]
 Y = torch.tensor([0, 3, 1, 2, 3, 3])
 ROWS = torch.tensor([5, 4, 3, 2, 1, 0])
 READS = {
-    'comparison': lambda y: y == 3, 'shape': lambda y: (y.shape, y.ndim, y.dtype, len(y), y.size(0)), 'list': lambda y: y.tolist(), 'loop': lambda y: [int(v) for v in y],
+    'comparison': lambda y: y == 3, 'shape': lambda y: (y.shape, y.ndim, y.dtype, len(y), y.size(0)), 'list': lambda y: y.tolist(),
+    'loop': lambda y: [int(v) for v in y],
     'one-hot': lambda y: F.one_hot(y, K), 'count': lambda y: torch.bincount(y), 'share': lambda y: (y == 3).sum()/len(y), 'unique': lambda y: y.unique(),
     'weights': lambda y: torch.tensor([1., 2., 3., 4.])[y], 'numpy': lambda y: np.asarray(y), 'float': lambda y: y.float(), 'max': lambda y: y.max(),
     'gathered': lambda y: torch.arange(24.).view(6, K).gather(1, y[:, None]), 'cross entropy': lambda y: F.cross_entropy(torch.arange(24.).view(6, K), y),
     'fastai': lambda y: CrossEntropyLossFlat()(torch.arange(24.).view(6, K), y), 'contains': lambda y: 3 in y, 'sorted': lambda y: y.sort().values,
     'equal': lambda y: torch.equal(y, Y), 'not': lambda y: bool((y != -100).all()), 'class weights': lambda y: len(y)/torch.bincount(y, minlength=K)}
 EDITS = {
-    'rows': lambda y: y[ROWS], 'filter': lambda y: y[y != 1], 'slice': lambda y: y[:3], 'list of rows': lambda y: y[[1, 0]], 'cat': lambda y: torch.cat([y, y[:2]]),
-    'cat with plain': lambda y: torch.cat([y, torch.tensor([1, 2])]), 'flip': lambda y: y.flip(0), 'roll': lambda y: torch.roll(y, 1), 'where': lambda y: torch.where(y == 3, 2, y),
-    'masked_fill': lambda y: y.masked_fill(y == 3, 2), 'clamp': lambda y: y.clamp(max=2), 'modulo': lambda y: y % 3, 'half': lambda y: y//2, 'table': lambda y: torch.tensor([3, 2, 1, 0])[y],
-    'reversed': lambda y: K-1-y, 'plus': lambda y: (y+1) % K, 'times': lambda y: y*(y < 3).long(), 'clone': lambda y: y.clone(), 'index_select': lambda y: y.index_select(0, ROWS),
+    'rows': lambda y: y[ROWS], 'filter': lambda y: y[y != 1], 'slice': lambda y: y[:3], 'list of rows': lambda y: y[[1, 0]],
+    'cat': lambda y: torch.cat([y, y[:2]]),
+    'cat with plain': lambda y: torch.cat([y, torch.tensor([1, 2])]), 'flip': lambda y: y.flip(0), 'roll': lambda y: torch.roll(y, 1),
+    'where': lambda y: torch.where(y == 3, 2, y),
+    'masked_fill': lambda y: y.masked_fill(y == 3, 2), 'clamp': lambda y: y.clamp(max=2), 'modulo': lambda y: y % 3, 'half': lambda y: y//2,
+    'table': lambda y: torch.tensor([3, 2, 1, 0])[y],
+    'reversed': lambda y: K-1-y, 'plus': lambda y: (y+1) % K, 'times': lambda y: y*(y < 3).long(), 'clone': lambda y: y.clone(),
+    'index_select': lambda y: y.index_select(0, ROWS),
     'repeat': lambda y: y.repeat_interleave(2), 'column': lambda y: y[:, None].squeeze(1), 'cast': lambda y: y.as_subclass(torch.Tensor)}
 IN_PLACE = {
-    'set': lambda y: operator.setitem(y, y == 3, 2), 'permute': lambda y: operator.setitem(y, slice(None), y[ROWS]), 'masked_fill_': lambda y: y.masked_fill_(y == 3, 2),
+    'set': lambda y: operator.setitem(y, y == 3, 2), 'permute': lambda y: operator.setitem(y, slice(None), y[ROWS]),
+    'masked_fill_': lambda y: y.masked_fill_(y == 3, 2),
     'clamp_': lambda y: y.clamp_(max=2), 'augmented': lambda y: operator.imod(y, 3), 'copy_': lambda y: y.copy_(y.flip(0))}
 
 
@@ -162,8 +169,10 @@ def corrected_in_place(x, y):
 
 CHANGES = {'reordered': lambda x, y: ((x.flip(0),), (y.flip(0),)), 'shuffled': lambda x, y: ((x[[3, 1, 2, 0, 7, 6, 5, 4]],), (y[[3, 1, 2, 0, 7, 6, 5, 4]],)),
            'filtered': lambda x, y: ((x[y != 1],), (y[y != 1],)), 'halved': lambda x, y: ((x[:4],), (y[:4],)),
-           'doubled': lambda x, y: ((torch.cat([x, x.flip(0)]),), (torch.cat([y, y.flip(0)]),)), 'corrected': corrected, 'corrected in place': corrected_in_place,
-           'looked up': lambda x, y: ((x.flip(1),), (torch.arange(K-1, -1, -1)[y],)), 'modulo': lambda x, y: ((image_of(torch.as_tensor((y % 2).tolist())),), (y % 2,)),
+           'doubled': lambda x, y: ((torch.cat([x, x.flip(0)]),), (torch.cat([y, y.flip(0)]),)), 'corrected': corrected,
+           'corrected in place': corrected_in_place,
+           'looked up': lambda x, y: ((x.flip(1),), (torch.arange(K-1, -1, -1)[y],)),
+           'modulo': lambda x, y: ((image_of(torch.as_tensor((y % 2).tolist())),), (y % 2,)),
            'new labels': lambda x, y: ((x,), (torch.as_tensor(y.tolist()),))}
 
 
@@ -296,7 +305,9 @@ def test_a_category_and_something_else_per_image(other, mixers):
 
     class Look(Callback):
         order, run_valid = 90, False
-        def after_loss(self): seen.append(([p.detach().clone() for p in self.learn.pred], [torch.as_tensor(y).as_subclass(torch.Tensor) for y in self.learn.yb], float(self.learn.loss)))
+        def after_loss(self):
+            targets = [torch.as_tensor(y).as_subclass(torch.Tensor) for y in self.learn.yb]
+            seen.append(([p.detach().clone() for p in self.learn.pred], targets, float(self.learn.loss.detach())))
     loss = MultiTargetLoss(CrossEntropyLossFlat(), MSELossFlat())
     learn = Learner(dls, Two(), loss_func=loss, cbs=[LabelSmoothing(.2, n_classes=3), Look(), *MIXERS[mixers]()], lr=1e-3)
     fit(learn, 1)
@@ -321,7 +332,8 @@ class Replace(Callback):
 def test_a_loss_set_in_a_fit_is_smoothed_and_kept(loss, event, mixers):
     w = torch.tensor([1., 2., 5., .5])
     new = loss(weight=w)
-    learn = fit(make_learner('index', CrossEntropyLossFlat(), [LabelSmoothing(.2), Replace(event, new, -50 if event == 'before_train' else 0), WhatTheLossSaw(), *mixers()]), 2)
+    replace = Replace(event, new, -50 if event == 'before_train' else 0)
+    learn = fit(make_learner('index', CrossEntropyLossFlat(), [LabelSmoothing(.2), replace, WhatTheLossSaw(), *mixers()]), 2)
     assert learn.loss_func is new
     seen = learn.look.seen[event == 'after_batch':]
     for x, pred, loss, _ in seen: np.testing.assert_allclose(loss, expected_loss(x, pred, 'index', .2, weight=w.tolist()), rtol=2e-5)

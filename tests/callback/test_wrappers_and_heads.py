@@ -103,7 +103,8 @@ class LookAtTwo(Callback):
 
 OTHERS = {'weights on a dense target': (lambda: nn.CrossEntropyLoss(W3), 'one_hot'), 'weights': (lambda: nn.CrossEntropyLoss(W3), 'index'),
           'timm, several labels': (lambda: timm.loss.BinaryCrossEntropy(.1), 'multi_hot'), 'timm, index': (lambda: timm.loss.BinaryCrossEntropy(.1), 'index'),
-          'half a mass': (timm.loss.SoftTargetCrossEntropy, 'half mass'), 'weighted smoothing of fastai': (lambda: fl.LabelSmoothingCrossEntropy(.1, W3), 'index'),
+          'half a mass': (timm.loss.SoftTargetCrossEntropy, 'half mass'),
+          'weighted smoothing of fastai': (lambda: fl.LabelSmoothingCrossEntropy(.1, W3), 'index'),
           'focal with weights': (lambda: BCEWithLogitsLossFlat(), 'multi_hot'), 'numbers': (lambda: nn.L1Loss(), 'multi_hot')}
 
 
@@ -129,7 +130,7 @@ def test_of_blended_numbers_too(what):
 def test_blended_labels_of_another_number_of_classes(c):
     "Three classes beside four: the soft version takes what the user's loss cannot"
     learn = fit(two_heads(CrossEntropyLossFlat(), 'index', [LabelSmoothing(.2, n_classes=K), TimmMix(.8, 1.), LookAtTwo()], c), 1)
-    for x, (a, b), (y, z), value in learn.look_at_two.seen:
+    for x, (a, b), (_, z), value in learn.look_at_two.seen:
         q = x.mean((2, 3))
         np.testing.assert_allclose(value, (F.cross_entropy(a, .8*q[:, :K]+.2/K) + F.cross_entropy(b, q[:, K:])).item(), rtol=1e-5)
         assert not z.is_floating_point()
@@ -181,11 +182,11 @@ def test_looking_at_the_validation_set_draws_nothing():
         valid = learn.dls.valid.dataset
         valid.__class__ = Noisy
         fit(learn, 1)
-        return torch.rand(3), np.random.rand(3)
+        return torch.rand(3), np.random.rand(3)  # noqa: NPY002
 
     class Noisy(Items):
         def __getitem__(self, i):
-            torch.rand(1), np.random.rand(1)
+            torch.rand(1), np.random.rand(1)  # noqa: NPY002
             return super().__getitem__(i)
     for a, b in zip(numbers([]), numbers([LabelSmoothing(.1)])): assert (np.asarray(a) == np.asarray(b)).all()
 
