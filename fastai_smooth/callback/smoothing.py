@@ -98,7 +98,7 @@ class SmoothingSettings(TrainingPassCallback):
         if 1 < len(ax.lines) <= 12: ax.legend()
         return ax
 
-# %% ../../nbs/44_callback.smoothing.ipynb #d46c9dc6
+# %% ../../nbs/44_callback.smoothing.ipynb #55ccf9cc
 def heads_of(
     settings:SmoothingSettings, # What the callback was told
     soft, # Soft version of the user's loss
@@ -146,7 +146,7 @@ def configure(
         leaf.negative = settings.negative
         check_dist(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #fd42bd3e
+# %% ../../nbs/44_callback.smoothing.ipynb #8e557df2
 def find_classes(
     learn, # The `Learner`
     head:Head, # One of the targets
@@ -166,9 +166,9 @@ def device_of(
 )->torch.device: # Where fastai's loaders put the batches, else where the model is
     "Where the batches will be"
     device = getattr(learn.dls, 'device', None) if isinstance(learn.dls.loaders[0], DataLoader) else None
-    return device or next((p.device for p in learn.model.parameters()), torch.device('cpu'))
+    return torch.device(device) if device else next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #01b7ec0f
+# %% ../../nbs/44_callback.smoothing.ipynb #de45a82d
 @contextmanager
 def same_randomness():
     "Whatever is drawn inside leaves no trace"
@@ -209,7 +209,7 @@ def check_validation(
                          f"({type(e).__name__}: {e}). Use a loss for both, such as LabelSmoothingCrossEntropy(0.) or, for a question per class, "
                          "LabelSmoothingBCE(0.).") from e
 
-# %% ../../nbs/44_callback.smoothing.ipynb #9b531b60
+# %% ../../nbs/44_callback.smoothing.ipynb #6beff7fa
 def show_strengths(
     learn, # The `Learner`
     log:list, # A strength per batch
@@ -240,7 +240,7 @@ def forget_targets(
         kept = mixer.__dict__.get('yb1')
         if isinstance(kept, tuple) and any(isinstance(y, BatchTarget) or is_mixed(y) for y in kept): del mixer.yb1
 
-# %% ../../nbs/44_callback.smoothing.ipynb #84c5817d
+# %% ../../nbs/44_callback.smoothing.ipynb #8e9ed810
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
@@ -327,7 +327,7 @@ class SmoothingPass(SmoothingSettings):
         loss.checked = True
         return value
 
-# %% ../../nbs/44_callback.smoothing.ipynb #318ed6d6
+# %% ../../nbs/44_callback.smoothing.ipynb #38b57647
 class LateCheck(Callback):
     "Raises the ValueError of a label outside the classes that a kernel has met, after the Recorder has waited for the loss"
     order,run_valid = 60,False
@@ -342,7 +342,7 @@ def check_labels_now(
     torch.cuda.synchronize(device)
     check_noted_labels()
 
-# %% ../../nbs/44_callback.smoothing.ipynb #79dafec0
+# %% ../../nbs/44_callback.smoothing.ipynb #102e5861
 class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them
