@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.soft_loss.html.md""
 # %% auto #0
 __all__ = ['soft_loss']
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #5ae34d18
+# %% ../../nbs/40_callback.soft_loss.ipynb #4196632f
 from functools import partial, singledispatch, wraps
 from types import BuiltinFunctionType, FunctionType
 
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from ..losses import (EachClass, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingDice, LabelSmoothingFocal,
                                   LabelSmoothingNLL, MultiTargetLoss, SmoothingLoss)
+from ..targets import is_mixed
 
 # %% ../../nbs/40_callback.soft_loss.ipynb #21d318be
 FUNCTIONS = {F.cross_entropy: lambda: LabelSmoothingCrossEntropy(0., axis=1), F.binary_cross_entropy_with_logits: lambda: LabelSmoothingBCE(0.)}
+
+REGRESSION = nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,nn.PoissonNLLLoss,nn.GaussianNLLLoss
 
 def unknown_loss(
     loss # Any loss
@@ -32,8 +35,11 @@ def unknown_loss(
     if isinstance(inner, (FunctionType, BuiltinFunctionType, partial)):
         return TypeError(f"The loss is a function, {inner!r}, and LabelSmoothing cannot tell what it does with dense targets. Use the class, such as "
                          "nn.CrossEntropyLoss() for F.cross_entropy; or wrap it in an nn.Module of your own and register that with @soft_loss.register.")
+    if isinstance(inner, type): return TypeError(f"The loss is the class {inner.__name__} and not a loss: write {inner.__name__}(), with brackets.")
     name = type(inner).__name__
-    return TypeError(f"{name} is a loss that LabelSmoothing does not know how to give dense targets. Register it in three lines:\n"
+    numbers = " It compares numbers, and label smoothing is for classes only." if isinstance(inner, REGRESSION) else ""
+    return TypeError(f"{name} is a loss that LabelSmoothing does not know how to give dense targets (it is {type(inner).__module__}.{name}).{numbers} "
+                     "Register it in three lines:\n"
                      f"    @soft_loss.register({name})\n"
                      "    def _(loss): # takes your loss, returns one that takes logits and a dense target of their shape\n"
                      "        return lambda pred, target: ...\n")
@@ -47,7 +53,7 @@ def soft_loss(
     if not is_known(loss_func): raise unknown_loss(loss_func)
     return FUNCTIONS[loss_func]()
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #47f91b9a
+# %% ../../nbs/40_callback.soft_loss.ipynb #aa538f15
 COMPUTES = {} # Classes of other packages in the registry: to the method that computes the loss
 
 def register_class(
@@ -97,7 +103,7 @@ def _(loss:EachClass): return EachClass(loss.loss, loss.axis, loss.ignore_index)
 def _(loss:MultiTargetLoss): # a head without a soft version, such as a regression, stays what it is
     return MultiTargetLoss(*(soft_loss(part) if is_known(part) else part for part in loss.losses), weights=loss.weights)
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #f4a4ef7c
+# %% ../../nbs/40_callback.soft_loss.ipynb #5dcd6741
 @register_class(nn.CrossEntropyLoss)
 def _(loss):
     return LabelSmoothingCrossEntropy(max(loss.label_smoothing, 0.), loss.weight, loss.reduction, axis=1, ignore_index=loss.ignore_index)
@@ -133,13 +139,22 @@ def _(loss): return LabelSmoothingCrossEntropy(loss.smoothing)
 @register_class(SoftTargetCrossEntropy)
 def _(loss): return LabelSmoothingCrossEntropy(0.)
 
+class IndexSmoothingBCE(LabelSmoothingBCE):
+    "Binary cross entropy that smooths class indices and leaves multi-hot and dense targets as they are, as timm's does"
+    def forward(self, pred, target):
+        if self.convention is not None or is_mixed(target) or target.shape != pred.shape: return super().forward(pred, target)
+        unsmoothed = copy_module(self)
+        unsmoothed.eps = 0.
+        return LabelSmoothingBCE.forward(unsmoothed, pred, target)
+
 @register_class(BinaryCrossEntropy)
 def _(loss):
     reduction = 'mean' if loss.sum_classes else loss.reduction # timm keeps 'none' there and takes the mean itself
-    return LabelSmoothingBCE(loss.smoothing, loss.weight, reduction, pos_weight=loss.pos_weight, target_threshold=loss.target_threshold,
+    cls = LabelSmoothingBCE if not loss.smoothing or getattr(loss, 'smooth_dense', False) else IndexSmoothingBCE # older versions of timm never smooth them
+    return cls(loss.smoothing, loss.weight, reduction, pos_weight=loss.pos_weight, target_threshold=loss.target_threshold,
                              sum_classes=loss.sum_classes)
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #d4851532
+# %% ../../nbs/40_callback.soft_loss.ipynb #9aa89f58
 def inner_losses(
     loss # Any loss
 )->list: # It, and the losses inside it: fastai's wrap one, ours are made of several
@@ -162,3 +177,12 @@ def own_strength(
     inside = inner_losses(loss)
     found = [strength_of(i) for i in inside] + [getattr(i, n, None) for i in inside for n in ('eps_pos', 'eps_neg', 'label_smoothing')]
     return next((e for e in found if e is not None and (isinstance(e, Tensor) or e != 0)), None)
+
+# %% ../../nbs/40_callback.soft_loss.ipynb #befc84b3
+def whose(
+    loss # Any loss
+)->str: # Such as "fastai's LabelSmoothingCrossEntropy"
+    "The package and name of a loss"
+    inner = loss.func if isinstance(loss, BaseLoss) and callable(getattr(loss, 'func', None)) else loss
+    package,name = type(inner).__module__.split('.')[0],type(inner).__name__
+    return f"{package}'s {name}"

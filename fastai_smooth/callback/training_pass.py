@@ -7,12 +7,17 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.training_pass.html.
 # %% auto #0
 __all__ = ['TrainingPassCallback', 'StandIn']
 
-# %% ../../nbs/41_callback.training_pass.ipynb #20832b98
+# %% ../../nbs/41_callback.training_pass.ipynb #8cbc20e7
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
 
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.torch_core import get_model
 from torch import nn
+
+from .soft_loss import is_known
 
 # %% ../../nbs/41_callback.training_pass.ipynb #eb0ac97f
 class OneShot:
@@ -31,10 +36,13 @@ class OneShot:
 
     def __call__(self):
         self.take_away()
-        # The callback may have been removed since, or belong to another learner now
-        if self.spent or self.owner.learn is not self.learn: return self.inner()
-        self.spent = True
-        with self.owner.around_train(self.learn): return self.inner()
+        owner = self.owner
+        # The callback may have been removed since, or belong to another learner now; one left from a fit that failed has nothing to add
+        if self.spent or owner.learn is not self.learn or owner.in_pass: return self.inner()
+        self.spent = owner.in_pass = True
+        try:
+            with owner.around_train(self.learn): return self.inner()
+        finally: owner.in_pass = False
 
     # A learner that is pickled or copied meanwhile gets its own method instead
     def __reduce__(self): return getattr, (self.learn, '_do_epoch_train')
@@ -43,6 +51,8 @@ class OneShot:
 class TrainingPassCallback(Callback):
     "A callback whose `around_train` is a context manager around each training pass, left however the pass ends"
     run_valid = False
+    in_pass = False # whether a pass is running
+    _stateattrs = ('in_pass',)
 
     @contextmanager
     def around_train(self,
@@ -65,13 +75,14 @@ class TrainingPassCallback(Callback):
         # Most events are not ours; the general look-up would fall through to the Learner for each of them
         if event_name == 'after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
 
-# %% ../../nbs/41_callback.training_pass.ipynb #2695a2a1
+# %% ../../nbs/41_callback.training_pass.ipynb #7e238902
 def _as_is(x): return x
 
 class StandIn:
     "Stands for the user's loss while a training pass runs, and passes on to it whatever is asked or set"
     y_int = False # fastai's mixers then blend the targets and leave the loss alone
     own = () # attributes of a subclass, which are not passed on
+    sees_through = True # whether it adds nothing to the user's loss but the mixing
     def __init__(self,
         user # The user's loss
     ): self.__dict__['user'] = user
@@ -91,6 +102,29 @@ class StandIn:
 
     def __reduce__(self): return _as_is, (self.user,)
     def __repr__(self): return f'{self.user!r}, which {type(self).__name__} stands for'
+
+# %% ../../nbs/41_callback.training_pass.ipynb #6700c869
+def stands_in(
+    loss # A loss of a learner in the middle of a pass
+)->bool: # True for stand-ins and for functions, such as those of fastai's mixers
+    "Whether a loss only stands for another one"
+    return isinstance(loss, (StandIn, FunctionType, MethodType, partial)) and not is_known(loss)
+
+def real_loss(
+    loss # A loss of a learner in the middle of a pass
+): # The loss that it stands for in the end; a `SmoothedLoss` is one itself
+    "What stand-ins and fastai's mixers have put around a loss, taken off again"
+    while True:
+        if isinstance(loss, StandIn) and loss.sees_through: loss = loss.user
+        elif isinstance(loss, MethodType) and isinstance(loss.__self__, MixHandler): loss = loss.__self__.old_lf # what fastai's mixers call it
+        else: return loss
+
+def put_back_loss(
+    learn, # The `Learner`
+    before, # Its loss before the pass
+):
+    "Give the learner its loss back, unless it has a new one"
+    if stands_in(learn.loss_func): learn.loss_func = before
 
 # %% ../../nbs/41_callback.training_pass.ipynb #3f9f2793
 class Carried:

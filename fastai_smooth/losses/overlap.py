@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels import check_several_classes, in_single_precision, without_ignored
 from .softmax import LabelSmoothingCrossEntropy, SoftmaxLoss
-from ..targets import check_axis, check_dist, dense_target, spread
+from ..distributions import check_distribution
+from ..targets import check_axis, dense_target, spread
 
 # %% ../../nbs/32_losses.overlap.ipynb #769fcef1
 class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
@@ -57,7 +58,7 @@ class LabelSmoothingDice(SoftmaxLoss):
         ignore_index:int|None=-100, # Index label whose pixels are left out
     ):
         super().__init__(eps, reduction)
-        check_dist(dist, 'uniform')
+        check_distribution(dist, 'uniform')
         if not smooth > 0: raise ValueError(f"smooth must be above 0, but got {smooth!r}.")
         self.axis,self.smooth,self.square_in_union,self.dist,self.ignore_index = axis,smooth,square_in_union,dist,ignore_index
 

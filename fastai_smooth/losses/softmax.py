@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..kernels import (REDUCTIONS, check_class_weight, cross_entropy, cross_entropy_of_log_probs, cross_entropy_with, in_single_precision,
                                    log_softmax, single_like, without_ignored)
-from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_dist, check_eps, check_probabilities, dense_target,
+from ..distributions import check_distribution
+from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_eps, check_probabilities, dense_target,
                                    per_class, to_dense, uniform_eps)
 
 # %% ../../nbs/30_losses.softmax.ipynb #6cbe5021
@@ -105,7 +106,7 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         super().__init__(eps, reduction, negative)
         check_choice(convention, SOFTMAX_CONVENTIONS, 'convention')
         check_choice(weight_by, ('class', 'example'), 'weight_by')
-        check_dist(dist, convention)
+        check_distribution(dist, convention)
         self._weight('weight', weight)
         if self.weight is not None and self.weight.ndim != 1:
             raise ValueError(f"weight must be one number per class (1-D), but has the shape {tuple(self.weight.shape)}.")
@@ -125,7 +126,7 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
             if self.fast: return cross_entropy(pred, target, eps, *args)
             logits = without_ignored(in_single_precision(pred), target, axis, self.ignore_index)
             return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args)
-        check_dist(self.dist, self.convention)
+        check_distribution(self.dist, self.convention)
         q = dense_target(target, single_like(pred), axis, self.ignore_index)
         received = self.dist(q*per_class(self.eps, q, axis), axis=axis, logits=pred, inputs=inputs)
         log_probs = lambda: self.log_probs(without_ignored(in_single_precision(pred), q, axis, None), axis)

@@ -384,7 +384,7 @@ def test_construction_errors(make, error, words):
     (lambda: make_learner('index', nn.CrossEntropyLoss(torch.ones(K)), [LabelSmoothing(.1, n_classes=7)]), ValueError, 'n_classes=7'),
     (lambda: make_learner('index', cbs=[LabelSmoothing(.1, target=1)]), ValueError, 'target=1'),
     (lambda: make_learner('index', cbs=[LabelSmoothing(.1, n_classes=9), MixUp()]), ValueError, r'\(8, 9\)'),
-    (lambda: make_learner('index', cbs=[LabelSmoothing([.1, .2])]), ValueError, 'each of the 4 classes'),
+    (lambda: make_learner('index', cbs=[LabelSmoothing([.1, .2])]), ValueError, 'eps has 2 values, but there are 4 classes'),
 ])
 def test_errors_at_the_start_of_training(learner, error, words):
     learn = learner()
