@@ -23,7 +23,7 @@ def test_noted_labels_are_asked_about_after_the_recorder(monkeypatch):
     def check():
         if learn.steps.n == 2: raise ValueError('Label 7 is outside')
     monkeypatch.setattr(smoothing, 'device_of', lambda learn: torch.device('meta'))
-    monkeypatch.setattr(smoothing, 'check_noted_labels', check)
+    monkeypatch.setattr(smoothing, 'check_reported_labels', check)
     with pytest.raises(ValueError, match='Label 7'): fit(learn, 1)
     assert learn.loss_func is loss and learn.steps.n == 2 and len(learn.recorder.losses) == 2
     assert not any(isinstance(cb, LateCheck) for cb in learn.cbs)
