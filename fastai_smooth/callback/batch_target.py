@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.batch_target.html.m
 # %% auto #0
 __all__ = ['Form', 'BatchTarget']
 
-# %% ../../nbs/42_callback.batch_target.ipynb #5d917371
+# %% ../../nbs/42_callback.batch_target.ipynb #a7f77b38
 import copy
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..targets import MixedTarget, base_tensor, is_mixed, to_dense
 
-# %% ../../nbs/42_callback.batch_target.ipynb #4f03ff07
+# %% ../../nbs/42_callback.batch_target.ipynb #d0900bd9
 class Form:
     "How the labels of one target become something that can be blended"
     def __init__(self,
@@ -50,7 +50,7 @@ class Form:
         if self.n_classes is None or self.n_classes < 2 or y.dtype is torch.bool or y.is_floating_point(): return False
         return y.ndim == 1 or y.shape[-1] == 1
 
-# %% ../../nbs/42_callback.batch_target.ipynb #6ec89108
+# %% ../../nbs/42_callback.batch_target.ipynb #b650c634
 MOVES = {*'getitem index_select flip roll cat concat concatenate repeat_interleave narrow'.split()} # rows
 EDITS = {*('where masked_fill clamp clip clamp_min clamp_max remainder fmod floor_divide floordiv add sub rsub mul neg index_fill index_put '
            'masked_scatter scatter maximum minimum').split()}
@@ -74,7 +74,7 @@ def tracked_in(args):
 
 def is_float(x): return isinstance(x, float) or (isinstance(x, Tensor) and x.is_floating_point()) or is_mixed(x)
 
-# %% ../../nbs/42_callback.batch_target.ipynb #248bd4ed
+# %% ../../nbs/42_callback.batch_target.ipynb #bedceace
 class BatchTarget(Tensor):
     "A target of a training batch: labels or a dense target, which knows how it is blended and the hard label of each row"
     @classmethod
@@ -130,7 +130,7 @@ class BatchTarget(Tensor):
             return result if name == '__setitem__' else args[0]
         return follow(kind, func, args, kwargs, result)
 
-# %% ../../nbs/42_callback.batch_target.ipynb #ad4f6b92
+# %% ../../nbs/42_callback.batch_target.ipynb #e6b6d17e
 def follow(
     kind:str, # Name of an operation
     func, # The operation
@@ -172,7 +172,7 @@ def encoded_args(args, labels):
         return aligned(a, labels.plain, labels.dense(), form) if isinstance(a, Tensor) and a.is_floating_point() else a
     return tuple(map(encoded, args))
 
-# %% ../../nbs/42_callback.batch_target.ipynb #e2943884
+# %% ../../nbs/42_callback.batch_target.ipynb #27bb7c07
 class BlendedTarget(MixedTarget):
     "A mixture of labels of a batch, which knows the hard label of each row"
     @classmethod
@@ -240,7 +240,7 @@ def blend(
     out = MixedTarget.lerp(*pair, weight) if is_mixed(pair[0]) else torch.lerp(*[t.dense() if is_mixed(t) else t for t in pair], weight)
     return with_rows(out, own.form, own.hard, own.moves, own.touched)
 
-# %% ../../nbs/42_callback.batch_target.ipynb #1ca7b46d
+# %% ../../nbs/42_callback.batch_target.ipynb #396870df
 def after_loss(
     y, # A target, as the callbacks left it
     given, # What the data loader gave

@@ -7,8 +7,13 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.heads.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/43_callback.heads.ipynb #2d2c9d91
+# %% ../../nbs/43_callback.heads.ipynb #fd4eae75
+import random
+from contextlib import contextmanager
+
+import numpy as np
 import torch
+from fastai.data.load import DataLoader
 from fastai.losses import BaseLoss
 from torch import Tensor, nn
 
@@ -18,7 +23,7 @@ from .training_pass import StandIn
 from ..losses import LabelSmoothingBCE, MultiTargetLoss, SmoothingLoss, loss_settings
 from ..targets import MixedTarget, base_tensor, is_mixed, smooth_binary, spread, to_dense
 
-# %% ../../nbs/43_callback.heads.ipynb #50de46ff
+# %% ../../nbs/43_callback.heads.ipynb #b62e2f3f
 class Head:
     "One target of a training pass: its loss, and how it is blended and smoothed"
     def __init__(self,
@@ -78,7 +83,7 @@ def check_finite(
     if bad.any(): raise ValueError(f"Row {bad.nonzero()[0].item()} of a dense target of shape {tuple(q.shape)} holds nan, such as 0/0 where nobody voted. "
                                    "Leave the example out, or give it zeros everywhere: then it is ignored.")
 
-# %% ../../nbs/43_callback.heads.ipynb #24002c98
+# %% ../../nbs/43_callback.heads.ipynb #c11c1012
 def target_for(
     head:Head, # A target of the pass
     y, # What the callbacks made of it
@@ -258,3 +263,44 @@ class SmoothedLoss(StandIn):
         else: self.soft.reduction = value
 
     def __repr__(self): return f'{self.user!r} under {self.compute.__self__!r}'
+
+# %% ../../nbs/43_callback.heads.ipynb #1ca6d0e6
+@contextmanager
+def same_randomness():
+    "Whatever is drawn inside leaves no trace"
+    states = random.getstate(),np.random.get_state(),torch.get_rng_state() # noqa: NPY002  (what transforms draw from)
+    try: yield
+    finally:
+        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2]) # noqa: NPY002
+
+def first_targets(
+    learn # The `Learner`
+)->tuple|None: # The targets of the first validation item; None where items have no numbers
+    "What the validation set gives as targets"
+    loaders = getattr(learn.dls, 'loaders', ())
+    loader = loaders[1] if len(loaders) > 1 else None
+    dataset = getattr(loader, 'dataset', None)
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, '__getitem__') or not len(loader): return None
+    with same_randomness(): item = loader.do_item(0) if isinstance(loader, DataLoader) else dataset[0]
+    return item[getattr(learn.dls, 'n_inp', len(item)-1):] if isinstance(item, (tuple, list)) else None
+
+def form_of(y, in_batch):
+    "Whether a target is floating, and how many dimensions it has in a batch"
+    return isinstance(y, float) or (isinstance(y, Tensor) and y.is_floating_point()),getattr(y, 'ndim', 0) + (not in_batch)
+
+def check_validation(
+    loss:SmoothedLoss, # The loss of a pass, in its first batch
+    pred, # Predictions
+):
+    "Raise a ValueError if the user's loss cannot take the targets that validation will give it"
+    learn = loss.learn
+    if loss.given is None or learn.train_iter or '_do_epoch_validate' in vars(learn): return # a validation of somebody else
+    found,targets = first_targets(learn),[after_loss(y, given)[0] for y, given in zip(learn.yb, loss.given)]
+    if found is None or [form_of(y, False) for y in found] != [form_of(y, True) for y in targets]: return
+    try:
+        with torch.no_grad(): loss.user(pred, *targets)
+    except Exception as e: # whatever the user's loss raises, it would raise an epoch later
+        form = ' and '.join(f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}" for y in targets if isinstance(y, Tensor))
+        raise ValueError(f"The data loader gives targets {form}, and {loss.user!r} cannot take them: the validation after the first epoch would fail "
+                         f"({type(e).__name__}: {e}). Use a loss for both, such as LabelSmoothingCrossEntropy(0.) or, for a question per class, "
+                         "LabelSmoothingBCE(0.).") from e

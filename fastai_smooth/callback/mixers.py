@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.mixers.html.md"""
 # %% auto #0
 __all__ = ['OneOf', 'CutMixMask', 'TimmMix']
 
-# %% ../../nbs/45_callback.mixers.ipynb #6a51c91a
+# %% ../../nbs/45_callback.mixers.ipynb #f8cedb05
 from contextlib import contextmanager
 
 import torch
@@ -207,7 +207,7 @@ class TimmDraws(MixHandler):
             edges += [(centre-b//2).clamp(0, length), (centre+(b+1)//2).clamp(0, length)]
         return torch.stack(edges, 1)
 
-# %% ../../nbs/45_callback.mixers.ipynb #1eafd112
+# %% ../../nbs/45_callback.mixers.ipynb #fd2634d6
 class TimmMix(TimmDraws, TrainingPassCallback):
     "timm's Mixup as a callback: MixUp or CutMix of each example with its mirror image in the batch"
     stack_y = False # also where a fit ends before its first pass

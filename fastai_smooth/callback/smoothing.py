@@ -8,11 +8,9 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.smoothing.html.md""
 __all__ = ['LabelSmoothing']
 
 # %% ../../nbs/44_callback.smoothing.ipynb #8f9b41b4
-import random
 from contextlib import contextmanager
 from numbers import Integral
 
-import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
@@ -21,8 +19,8 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
 from torch import Tensor, nn
 
-from .batch_target import BatchTarget, after_loss
-from .heads import Head, SmoothedLoss
+from .batch_target import BatchTarget
+from .heads import Head, SmoothedLoss, check_validation
 from .soft_loss import is_known, own_strength, soft_loss, unknown_loss, whose
 from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_loss, real_loss, stands_in
 from ..distributions import Distribution, check_distribution
@@ -98,7 +96,7 @@ class SmoothingSettings(TrainingPassCallback):
         if 1 < len(ax.lines) <= 12: ax.legend()
         return ax
 
-# %% ../../nbs/44_callback.smoothing.ipynb #55ccf9cc
+# %% ../../nbs/44_callback.smoothing.ipynb #655e7e8f
 def heads_of(
     settings:SmoothingSettings, # What the callback was told
     soft, # Soft version of the user's loss
@@ -146,7 +144,7 @@ def configure(
         leaf.negative = settings.negative
         check_distribution(getattr(leaf, 'dist', None), getattr(leaf, 'convention', 'uniform'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #8e557df2
+# %% ../../nbs/44_callback.smoothing.ipynb #41a78259
 def find_classes(
     learn, # The `Learner`
     head:Head, # One of the targets
@@ -168,48 +166,7 @@ def device_of(
     device = getattr(learn.dls, 'device', None) if isinstance(learn.dls.loaders[0], DataLoader) else None
     return torch.device(device) if device else next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
-# %% ../../nbs/44_callback.smoothing.ipynb #de45a82d
-@contextmanager
-def same_randomness():
-    "Whatever is drawn inside leaves no trace"
-    states = random.getstate(),np.random.get_state(),torch.get_rng_state() # noqa: NPY002  (what transforms draw from)
-    try: yield
-    finally:
-        random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2]) # noqa: NPY002
-
-def first_targets(
-    learn # The `Learner`
-)->tuple|None: # The targets of the first validation item; None where items have no numbers
-    "What the validation set gives as targets"
-    loaders = getattr(learn.dls, 'loaders', ())
-    loader = loaders[1] if len(loaders) > 1 else None
-    dataset = getattr(loader, 'dataset', None)
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, '__getitem__') or not len(loader): return None
-    with same_randomness(): item = loader.do_item(0) if isinstance(loader, DataLoader) else dataset[0]
-    return item[getattr(learn.dls, 'n_inp', len(item)-1):] if isinstance(item, (tuple, list)) else None
-
-def form_of(y, in_batch):
-    "Whether a target is floating, and how many dimensions it has in a batch"
-    return isinstance(y, float) or (isinstance(y, Tensor) and y.is_floating_point()),getattr(y, 'ndim', 0) + (not in_batch)
-
-def check_validation(
-    loss:SmoothedLoss, # The loss of a pass, in its first batch
-    pred, # Predictions
-):
-    "Raise a ValueError if the user's loss cannot take the targets that validation will give it"
-    learn = loss.learn
-    if loss.given is None or learn.train_iter or '_do_epoch_validate' in vars(learn): return # a validation of somebody else
-    found,targets = first_targets(learn),[after_loss(y, given)[0] for y, given in zip(learn.yb, loss.given)]
-    if found is None or [form_of(y, False) for y in found] != [form_of(y, True) for y in targets]: return
-    try:
-        with torch.no_grad(): loss.user(pred, *targets)
-    except Exception as e: # whatever the user's loss raises, it would raise an epoch later
-        form = ' and '.join(f"{str(y.dtype).removeprefix('torch.')} of shape {tuple(y.shape)}" for y in targets if isinstance(y, Tensor))
-        raise ValueError(f"The data loader gives targets {form}, and {loss.user!r} cannot take them: the validation after the first epoch would fail "
-                         f"({type(e).__name__}: {e}). Use a loss for both, such as LabelSmoothingCrossEntropy(0.) or, for a question per class, "
-                         "LabelSmoothingBCE(0.).") from e
-
-# %% ../../nbs/44_callback.smoothing.ipynb #6beff7fa
+# %% ../../nbs/44_callback.smoothing.ipynb #68d7ffd2
 def show_strengths(
     learn, # The `Learner`
     log:list, # A strength per batch
@@ -240,7 +197,7 @@ def forget_targets(
         kept = mixer.__dict__.get('yb1')
         if isinstance(kept, tuple) and any(isinstance(y, BatchTarget) or is_mixed(y) for y in kept): del mixer.yb1
 
-# %% ../../nbs/44_callback.smoothing.ipynb #8e9ed810
+# %% ../../nbs/44_callback.smoothing.ipynb #dd29ac75
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
@@ -327,7 +284,7 @@ class SmoothingPass(SmoothingSettings):
         loss.checked = True
         return value
 
-# %% ../../nbs/44_callback.smoothing.ipynb #38b57647
+# %% ../../nbs/44_callback.smoothing.ipynb #4010f06a
 class LateCheck(Callback):
     "Raises the ValueError of a label outside the classes that a kernel has met, after the Recorder has waited for the loss"
     order,run_valid = 60,False
@@ -342,7 +299,7 @@ def check_labels_now(
     torch.cuda.synchronize(device)
     check_reported_labels()
 
-# %% ../../nbs/44_callback.smoothing.ipynb #102e5861
+# %% ../../nbs/44_callback.smoothing.ipynb #1fd5d1c3
 class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them

@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.soft_loss.html.md""
 # %% auto #0
 __all__ = ['soft_loss']
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #4196632f
+# %% ../../nbs/40_callback.soft_loss.ipynb #6ff09bdb
 from functools import partial, singledispatch, wraps
 from types import BuiltinFunctionType, FunctionType
 
@@ -53,7 +53,7 @@ def soft_loss(
     if not is_known(loss_func): raise unknown_loss(loss_func)
     return FUNCTIONS[loss_func]()
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #aa538f15
+# %% ../../nbs/40_callback.soft_loss.ipynb #d372f156
 COMPUTES = {} # Classes of other packages in the registry: to the method that computes the loss
 
 def register_class(
@@ -103,7 +103,7 @@ def _(loss:EachClass): return EachClass(loss.loss, loss.axis, loss.ignore_index)
 def _(loss:MultiTargetLoss): # a head without a soft version, such as a regression, stays what it is
     return MultiTargetLoss(*(soft_loss(part) if is_known(part) else part for part in loss.losses), weights=loss.weights)
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #5dcd6741
+# %% ../../nbs/40_callback.soft_loss.ipynb #f3ef9bdc
 @register_class(nn.CrossEntropyLoss)
 def _(loss):
     return LabelSmoothingCrossEntropy(max(loss.label_smoothing, 0.), loss.weight, loss.reduction, axis=1, ignore_index=loss.ignore_index)
@@ -154,7 +154,7 @@ def _(loss):
     return cls(loss.smoothing, loss.weight, reduction, pos_weight=loss.pos_weight, target_threshold=loss.target_threshold,
                              sum_classes=loss.sum_classes)
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #9aa89f58
+# %% ../../nbs/40_callback.soft_loss.ipynb #239fb6bd
 def inner_losses(
     loss # Any loss
 )->list: # It, and the losses inside it: fastai's wrap one, ours are made of several
@@ -178,7 +178,7 @@ def own_strength(
     found = [strength_of(i) for i in inside] + [getattr(i, n, None) for i in inside for n in ('eps_pos', 'eps_neg', 'label_smoothing')]
     return next((e for e in found if e is not None and (isinstance(e, Tensor) or e != 0)), None)
 
-# %% ../../nbs/40_callback.soft_loss.ipynb #befc84b3
+# %% ../../nbs/40_callback.soft_loss.ipynb #3628a0fb
 def whose(
     loss # Any loss
 )->str: # Such as "fastai's LabelSmoothingCrossEntropy"

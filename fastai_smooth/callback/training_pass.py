@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.training_pass.html.
 # %% auto #0
 __all__ = ['TrainingPassCallback', 'StandIn']
 
-# %% ../../nbs/41_callback.training_pass.ipynb #8cbc20e7
+# %% ../../nbs/41_callback.training_pass.ipynb #607a51bd
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
@@ -75,7 +75,7 @@ class TrainingPassCallback(Callback):
         # Most events are not ours; the general look-up would fall through to the Learner for each of them
         if event_name == 'after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
 
-# %% ../../nbs/41_callback.training_pass.ipynb #7e238902
+# %% ../../nbs/41_callback.training_pass.ipynb #3d11d448
 def _as_is(x): return x
 
 class StandIn:
@@ -103,7 +103,7 @@ class StandIn:
     def __reduce__(self): return _as_is, (self.user,)
     def __repr__(self): return f'{self.user!r}, which {type(self).__name__} stands for'
 
-# %% ../../nbs/41_callback.training_pass.ipynb #6700c869
+# %% ../../nbs/41_callback.training_pass.ipynb #fd80b03c
 def stands_in(
     loss # A loss of a learner in the middle of a pass
 )->bool: # True for stand-ins and for functions, such as those of fastai's mixers
