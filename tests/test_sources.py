@@ -13,12 +13,12 @@ from sklearn.metrics import log_loss
 
 from fastai_smooth.cli import main
 from fastai_smooth.data import digit_masks_arrays, words_arrays
-from fastai_smooth.recipes import Comparison, method_callbacks, network_for, read_method, recipe
+from fastai_smooth.recipes import Comparison, method_callbacks, read_method, recipe
 from fastai_smooth.recipes import report as pages
 from fastai_smooth.recipes.comparison import PIXELS
 from fastai_smooth.recipes.methods import KINDS, MIXERS, SMOOTH
 from fastai_smooth.recipes.scores import base_of
-from fastai_smooth.sources import csv_files, folder_files, has_texts, masks_data, read_source, text_data
+from fastai_smooth.sources import has_texts, read_source, text_data
 
 pytestmark = pytest.mark.filterwarnings('ignore:The temperature', 'ignore:.*not writable')
 
@@ -44,42 +44,6 @@ def write_texts(path, several=False, n=600):
 
 
 # -- masks
-
-@pytest.mark.parametrize('names, end', [('labels', '_P'), ('masks', ''), ('masks', '_mask')])
-def test_masks_are_read_as_they_are(names, end, tmp_path):
-    canvases, masks = write_masks(tmp_path, 6, names=names, end=end)
-    data = masks_data(tmp_path, 24, 255, progress=False)
-    np.testing.assert_array_equal(data.labels, masks)
-    np.testing.assert_array_equal(data.images[:, 0], canvases)
-    assert data.kind == 'masks' and not data.several and data.vocab[:2] == ['background', '0'] and data.split is None
-    (tmp_path/'valid.txt').write_text('001.png\n004.png\n')
-    assert [s.tolist() for s in masks_data(tmp_path, 24, 255, progress=False).split] == [[0, 2, 3, 5], [1, 4]]
-    half = masks_data(tmp_path, 12, 255, progress=False)
-    assert half.labels.shape == (6, 12, 12) and set(np.unique(half.labels)) <= set(np.unique(masks)), "no class is made up between two others"
-
-
-def test_mistakes_in_masks_name_the_file(tmp_path):
-    write_masks(tmp_path, 4)
-    with pytest.raises(ValueError, match=r'000_P.png has the value 255, but there are 11 codes .* ignore=255'): masks_data(tmp_path, 24, progress=False)
-    def wrong(match, **kwargs):
-        with pytest.raises(ValueError, match=match): masks_data(tmp_path, 24, **{'ignore': 255, 'progress': False, **kwargs})
-    (tmp_path/'valid.txt').write_text('\n'.join(f'{i:03}.png' for i in range(4)))
-    wrong('every image on one side')
-    (tmp_path/'valid.txt').unlink()
-    Image.new('RGB', (24, 24)).save(tmp_path/'labels'/'001_P.png')
-    wrong(r'001_P.png.*colours')
-    (tmp_path/'labels'/'001_P.png').write_bytes(b'no image')
-    wrong('001_P.png')
-    (tmp_path/'labels'/'001_P.png').unlink()
-    wrong('no mask for 001.png')
-    (tmp_path/'codes.txt').write_text('one\n')
-    wrong('1 class names')
-    for f in (tmp_path/'images').iterdir(): f.unlink()
-    (tmp_path/'codes.txt').write_text('one\ntwo\n')
-    wrong('holds no images')
-    (tmp_path/'images').rmdir()
-    wrong('needs the folders')
-
 
 def test_masks_side_by_side(tmp_path):
     "Known pixels only, the same ones for every method, and the figures are those of a plain loop over them"
@@ -191,21 +155,6 @@ def test_mistakes_are_one_line(args, words, tmp_path, capsys):
     assert code == 2 and words in err and len(err.splitlines()) == 1 and not (tmp_path/'run').exists()
 
 
-@pytest.mark.parametrize('text, words', [
-    ('text,label\na,x\n', '1 class:'), ('text\na\n', 'a column of texts and one of labels'), ('text,label\na,x\n,y\n', 'no text in row 2'),
-    ('text,label\na,\nb,y\n', 'no label in row 1'),
-    ('text,label\n', 'no rows'), ('text,label,is_valid\na,x,1\nb,y,1\n', 'on one side'), ('text,label,is_valid\na,x,yes\nb,y,1\n', "'yes'")])
-def test_mistakes_in_tables_of_texts(text, words, tmp_path):
-    (tmp_path/'t.csv').write_text(text)
-    with pytest.raises(ValueError, match=words): text_data(tmp_path/'t.csv')
-    with pytest.raises(ValueError, match=words): recipe('text').dls(tmp_path/'t.csv')
-
-
-def test_a_unet_on_any_body():
-    model = network_for('masks', 'resnet18', 3, 4, size=(64, 64)).eval()
-    with torch.no_grad(): assert model(torch.rand(1, 3, 64, 64)).shape == (1, 4, 64, 64)
-
-
 # -- the recipes on the user's own data, to a learner that predicts from what a user has
 
 def test_train_on_masks(tmp_path, capsys):
@@ -279,95 +228,6 @@ def test_a_recipe_that_takes_no_data_says_so(tmp_path, capsys):
     assert main(['train', 'digits', str(tmp_path), '--out', str(tmp_path/'run')]) == 2 and 'data of its own' in capsys.readouterr().err
 
 
-# -- what looks right and is not
-
-SMALL_MASKS = dict(size=16, bs=4)
-
-
-def two_masks(folder, mode, value=1, size=(16, 16), n=10):
-    "Masks of two classes as files of a mode"
-    for name in ('images', 'labels'): (folder/name).mkdir(parents=True)
-    (folder/'codes.txt').write_text('sky\ncat')
-    for i in range(n):
-        mask = np.zeros(size[::-1], np.uint8)
-        mask[:i+2] = value
-        image = Image.fromarray(mask)
-        if mode == 'P':
-            image = Image.fromarray(mask, 'P')
-            image.putpalette([0, 0, 0, 128, 0, 0]+[7, 7, 7]*254)
-        elif mode == '1': image = Image.fromarray(mask*255).convert('1')
-        Image.new('RGB', (16, 16), (9*i, 0, 0)).save(folder/'images'/f'{i}.png')
-        image.save(folder/'labels'/f'{i}.png')
-
-
-@pytest.mark.parametrize('mode', ['L', 'P', '1'])
-def test_numbers_of_a_mask_are_not_its_colours(mode, tmp_path):
-    two_masks(tmp_path, mode)
-    assert sorted(np.unique(masks_data(tmp_path, 16, progress=False).labels)) == [0, 1]
-    dls = recipe('segmentation').dls(tmp_path, **SMALL_MASKS)
-    rows = {int(y.sum())//16 for dl in dls.loaders for y in dl.one_batch()[1]}
-    assert rows <= set(range(2, 12)) and len(rows) > 3
-    for _, y in dls.train: assert set(y.unique().tolist()) <= {0, 1}
-
-
-def test_masks_that_do_not_fit_their_images(tmp_path):
-    def wrong(folder, words):
-        with pytest.raises(ValueError, match=words): masks_data(folder, 16, progress=False)
-        with pytest.raises(ValueError, match=words): recipe('segmentation').dls(folder, **SMALL_MASKS)
-    two_masks(tmp_path/'a', 'L', size=(32, 16))
-    wrong(tmp_path/'a', 'one size')
-    two_masks(tmp_path/'b', 'L')
-    (tmp_path/'b'/'valid.txt').write_text('77.png')
-    wrong(tmp_path/'b', 'names 77.png')
-    (tmp_path/'b'/'valid.txt').unlink()
-    (tmp_path/'b'/'codes.txt').write_text('cat\ncat')
-    wrong(tmp_path/'b', 'twice')
-    (tmp_path/'b'/'codes.txt').write_bytes('café\nthé'.encode('latin-1'))
-    wrong(tmp_path/'b', 'UTF-8')
-    (tmp_path/'b'/'codes.txt').write_text('sky\ncat')
-    (tmp_path/'b'/'images'/'more').mkdir()
-    Image.new('RGB', (16, 16)).save(tmp_path/'b'/'images'/'more'/'0.png')
-    wrong(tmp_path/'b', 'Two images have the mask')
-    (tmp_path/'b'/'codes.txt').unlink()
-    with pytest.raises(ValueError, match='no codes.txt'): folder_files(tmp_path/'b')
-
-
-def photos(folder, names, n=4):
-    for name in names:
-        (folder/name).mkdir(parents=True)
-        for i in range(n): Image.new('RGB', (20, 20), (30*i, 5*len(name), 0)).save(folder/name/f'{i}.png')
-
-
-@pytest.mark.parametrize('names, vocab', [(('animal/x', 'plant/x', 'plant/y'), ['animal/x', 'plant/x', 'plant/y']),
-                                          (('Train/a', 'Train/b', 'Valid/a', 'Valid/b'), ['a', 'b']), (('training/a', 'training/b', 'val/a'), ['a', 'b'])])
-def test_train_reads_folders_as_compare_does(names, vocab, tmp_path):
-    photos(tmp_path, names, 8)
-    files, labels, classes, split = folder_files(tmp_path)
-    dls = recipe('finetune').dls(tmp_path, bs=4, presize=20, size=16)
-    assert classes == vocab == list(dls.vocab)
-    if split is not None:
-        for part, ds in zip(split, (dls.train_ds, dls.valid_ds)): assert [f for f, _ in ds.items] == [files[i] for i in part]
-    Image.new('RGB', (9, 9)).save(tmp_path/'loose.png')
-    with pytest.raises(ValueError, match='loose|beside them'): recipe('finetune').dls(tmp_path, bs=4)
-
-
-@pytest.mark.parametrize('text, words', [
-    ('file,split,breed\n0.png,train,cat\n1.png,train,dog\n', 'has the columns file, split, breed'),
-    ('0.png,cat\n1.png,dog\n2.png,cat\n', 'no line with the names'),
-    ('file,label\n0.png,cat\n0.png,dog\n', '0.png twice'), ('file,label,is_valid\n0.png,cat,0\n1.png,dog,1\n', "no training images of the class 'dog'")])
-def test_tables_are_not_guessed_at(text, words, tmp_path):
-    for i in range(3): Image.new('RGB', (8, 8)).save(tmp_path/f'{i}.png')
-    (tmp_path/'t.csv').write_text(text)
-    with pytest.raises(ValueError, match=words): csv_files(tmp_path/'t.csv')
-
-
-def test_spaces_around_labels_are_not_labels(tmp_path):
-    for i in range(3): Image.new('RGB', (8, 8)).save(tmp_path/f'{i}.png')
-    (tmp_path/'t.csv').write_text('id,file,label\n7,0.png,"cat, dog"\n8, 1.png,dog\n9,2.png,\n')
-    files, hot, vocab, _ = csv_files(tmp_path/'t.csv', ',')
-    assert vocab == ['cat', 'dog'] and hot.tolist() == [[True, True], [False, True], [False, False]] and [f.name for f in files] == ['0.png', '1.png', '2.png']
-
-
 def test_another_split_is_another_comparison(tmp_path, capsys):
     rows = write_texts(tmp_path/'t.csv', n=200)
     def write(first):
@@ -399,15 +259,6 @@ def test_a_dollar_is_a_dollar(tmp_path):
     pd.DataFrame(rows, columns=['text', 'label']).to_csv(tmp_path/'t.csv', index=False)
     assert main(['compare', str(tmp_path/'t.csv'), '--epochs', '1', '--seeds', '1', '--bs', '16', '--out', str(tmp_path/'run')]) == 0
     assert 'What the loss sees' in (tmp_path/'run'/'report.html').read_text(), "the panel that writes the texts themselves"
-
-
-def test_tables_with_their_own_split_and_gaps(tmp_path):
-    table = pd.DataFrame({'a': np.arange(60.), 'b': np.arange(60.)[::-1], 'label': ['x', 'y']*30, 'is_valid': [i >= 40 for i in range(60)]})
-    table.loc[50, 'a'] = np.nan # in a validation row only
-    table.to_csv(tmp_path/'t.csv', index=False)
-    dls = recipe('tabular').dls(tmp_path/'t.csv', bs=8)
-    assert list(dls.cont_names) == ['a', 'b'] and len(dls.train_ds) == 40 and not list(dls.cat_names)
-    assert dls.valid.one_batch()[1].isfinite().all()
 
 
 def test_embedded_recipes_take_the_share_of_the_validation_set():

@@ -1,14 +1,17 @@
 "Data: embedded sets, one reader of users' files, label noise, and the network that fits a kind of data"
-from ._words import words, words_arrays
+from ._words import words, words_arrays # noqa: F401
 from .blocks import csv_dls, folder_dls, image_dls, lines_dls, mask_dls, pets_dls, table_csv_dls, texts_dls
 from .embedded import (
-    EMBEDDED, TABLES, digit_masks, digit_masks_arrays, digits, digits_arrays, docstrings, docstrings_arrays, embedded_table, mnist5k, mnist5k_arrays,
-    multi_digits, multi_digits_arrays, table_arrays)
-from .files import SOURCES, ImageData, LabelledData, MaskData, TableData, TextData, downloading, read_source
+    EMBEDDED, TABLES, digit_masks, digits, digits_arrays, docstrings, docstrings_arrays, embedded_table, mnist5k, mnist5k_arrays, multi_digits, table_arrays)
+from .embedded import digit_masks_arrays, multi_digits_arrays # noqa: F401
+from .files import SOURCES, ImageData, LabelledData, MaskData, TableData, TextData, read_source
+from .images import downloading # noqa: F401
 from .images import folder_files, open_image
-from .loaders import array_dls, random_split, seeded, stratified_split, table_dls, text_dls
+from .loaders import array_dls, stratified_split, table_dls, text_dls
+from .loaders import random_split, seeded # noqa: F401
 from .masks import mask_files
-from .networks import NETWORKS, body_of, build_model, build_unet, load_weights, network_for, small_convnet, small_segmenter, text_network
+from .networks import NETWORKS, build_model, build_unet, load_weights, network_for, small_convnet, small_segmenter, text_network
+from .networks import body_of # noqa: F401
 from .noise import corrupt_labels, transition_matrix
 from .tables import read_table
 

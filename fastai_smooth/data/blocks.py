@@ -20,8 +20,8 @@ from fastai.vision.data import MaskBlock
 from fasttransform import DisplayedTransform
 from PIL import Image
 
-from .files import LabelledData, pets_source, read_source
-from .images import open_image
+from .files import LabelledData, image_data, read_source
+from .images import open_image, pets_files
 from .loaders import line_dls, random_split
 from .masks import class_numbers, lines_of
 
@@ -53,7 +53,7 @@ def finished(dls, data:LabelledData, split, s):
 def block_dls(data, s, y_block, targets, get_y, item_tfms, batch_tfms, dl_type=None):
     "DataLoaders of images, from their files or from memory, and their targets"
     split = data.splits(s['valid_pct'], s['seed'])
-    inputs = data.files if data.files is not None else [x if x.ndim == 2 else x.transpose(1, 2, 0) for x in data.images]
+    inputs = data.files if data.files is not None else [Image.fromarray(x if x.ndim == 2 else x.transpose(1, 2, 0)) for x in data.images]
     block = DataBlock((FileBlock, y_block), get_x=first_of, get_y=get_y, splitter=IndexSplitter([int(i) for i in split[1]]),
                       item_tfms=item_tfms, batch_tfms=list(batch_tfms))
     dls = block.dataloaders([list(pair) for pair in zip(inputs, targets)], bs=s['bs'], num_workers=s.get('num_workers', 0),
@@ -86,7 +86,7 @@ def pets_dls(
     s:dict, # Settings of a recipe: presize, size, valid_pct, seed, bs, num_workers
 )->DataLoaders:
     "fastai's pets, as its first lesson reads them"
-    return labelled_dls(pets_source(path).checked(), s, Resize(s['presize']), aug_transforms(size=s['size']))
+    return labelled_dls(image_data('pets', *pets_files(path)).checked(), s, Resize(s['presize']), aug_transforms(size=s['size']))
 
 # %% ../../nbs/56_data.blocks.ipynb #6676a6a3
 class IgnoreNumber(DisplayedTransform):
@@ -101,9 +101,8 @@ class MaskNumbers:
     "The numbers in a mask, from a file or from memory, as 8 bits: fastai's own reader takes the colours of a palette for them"
     def __init__(self, as_one): self.as_one = as_one
     def __call__(self, item):
-        if isinstance(item[1], np.ndarray): mask = np.where(item[1] < 0, 255, item[1])
-        else:
-            with Image.open(item[1]) as image: mask = np.asarray(class_numbers(image))
+        if isinstance(item[1], Image.Image): return np.asarray(item[1])
+        with Image.open(item[1]) as image: mask = np.asarray(class_numbers(image))
         return (mask if self.as_one is None else np.where(mask == self.as_one, 1, mask)).astype(np.uint8)
 
 # %% ../../nbs/56_data.blocks.ipynb #c44ff7dd
@@ -113,8 +112,9 @@ def mask_dls(
 )->DataLoaders:
     "Images and masks. A mask value without a name: ValueError that names the file"
     data = source_of(path, s, 'masks')
-    ignore = data.ignore if data.masks is not None else 255
-    dls = block_dls(data, s, MaskBlock(data.vocab), data.labels if data.masks is None else data.masks, MaskNumbers(data.as_one), Resize(s['size']),
+    ignore,masks = data.ignore,data.masks
+    if masks is None: ignore,masks = 255,[Image.fromarray(np.where(m < 0, 255, m).astype(np.uint8)) for m in data.labels]
+    dls = block_dls(data, s, MaskBlock(data.vocab), masks, MaskNumbers(data.as_one), Resize(s['size']),
                     [] if ignore is None else [IgnoreNumber(ignore)])
     dls.vocab = data.vocab
     return dls
@@ -139,9 +139,7 @@ def lines_dls(
     except OSError as e: raise ValueError(f"Cannot read {path} as a file with a text per line ({type(e).__name__}: {e}).") from None
     if texts is None: raise ValueError(f"There is no file {path}: pass one with a text per line.")
     if len(texts) < 2: raise ValueError(f"{path} has {len(texts)} lines with text: a language model needs more.")
-    dls = line_dls(texts, random_split(len(texts), s['valid_pct'], s['seed']), s['bs'], s.get('length', 256))
-    if not len(dls.train): raise ValueError(f"{path} has too few words for a batch of {s['bs']} rows of 72: use a smaller bs.")
-    return dls
+    return line_dls(texts, random_split(len(texts), s['valid_pct'], s['seed']), s['bs'], s.get('length', 256))
 
 def table_csv_dls(
     path, # CSV file with a column of classes, or one of `SOURCES`

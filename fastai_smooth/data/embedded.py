@@ -8,7 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.embedded.html.md"""
 __all__ = ['EMBEDDED', 'TABLES', 'digits_arrays', 'mnist5k_arrays', 'digits', 'mnist5k', 'multi_digits', 'digit_masks',
            'docstrings_arrays', 'docstrings', 'table_arrays', 'embedded_table']
 
-# %% ../../nbs/51_data.embedded.ipynb #2fe52a70
+# %% ../../nbs/51_data.embedded.ipynb #4a511b35
 import inspect
 
 import matplotlib
@@ -114,7 +114,7 @@ def digit_masks(
     "Handwritten digits at random places: which digit does each pixel belong to? The faint edge of the ink is ignored"
     with seeded(seed): return array_dls(*digit_masks_arrays(n_train, n_valid, seed), bs)
 
-# %% ../../nbs/51_data.embedded.ipynb #3388af0c
+# %% ../../nbs/51_data.embedded.ipynb #40c9bfbc
 def docstrings_arrays()->tuple: # Texts, labels (N,) int64, class names
     "First paragraphs of docstrings of packages that are installed with this one; what stands in two packages is left out"
     places = dict(matplotlib=(matplotlib.axes.Axes, matplotlib.figure.Figure), numpy=(np, np.linalg, np.fft, np.ma, np.random.Generator),
@@ -122,7 +122,7 @@ def docstrings_arrays()->tuple: # Texts, labels (N,) int64, class names
     vocab,owners = sorted(places),{}
     for package, holders in places.items():
         short = {package, {'numpy': 'np', 'pandas': 'pd'}.get(package, package)}
-        for name, obj in (o for holder in holders for o in inspect.getmembers(holder, callable) if not o[0].startswith('_')):
+        for obj in (o for holder in holders for name, o in inspect.getmembers(holder, callable) if not name.startswith('_')):
             doc = inspect.getdoc(obj) or ''
             paragraph = next((p for p in doc.split('\n\n') if len(p.split()) >= 6 and '(' not in p.split()[0]), '')
             words = [w for w in paragraph.split()[:60] if w.strip('`.,:').lower().split('.')[0] not in short]

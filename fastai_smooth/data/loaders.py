@@ -29,7 +29,7 @@ from fastai.vision.core import AddMaskCodes
 from fastcore.basics import compose
 from sklearn.model_selection import train_test_split
 
-# %% ../../nbs/50_data.loaders.ipynb #0b7b0630
+# %% ../../nbs/50_data.loaders.ipynb #6318eb5c
 def check_share(
     valid_pct:float # Share of the validation set
 ):
@@ -41,9 +41,21 @@ def stratified_split(
     valid_pct:float=.2, # Share of the validation set, in (0, 1)
     seed:int=42, # Seed of the split
 )->tuple: # Item numbers of the training and of the validation set
-    "Split so that every class has its share in both sets. ValueError where that cannot be"
+    "Split so that every class has its share in both sets, and a class with one example is in the training set"
     check_share(valid_pct)
-    return tuple(train_test_split(np.arange(len(labels)), test_size=valid_pct, random_state=seed, stratify=labels))
+    labels = np.asarray(labels)
+    _,first,place,counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    alone = counts[place] == 1
+    if alone.all(): raise ValueError(f"each of the {len(labels)} classes has one example: nothing is left to validate with")
+    items,n_classes = np.flatnonzero(~alone),int((counts > 1).sum())
+    n_valid = int(np.ceil(valid_pct*len(items)))
+    if n_classes <= n_valid <= len(items)-n_classes:
+        train,valid = train_test_split(items, test_size=valid_pct, random_state=seed, stratify=labels[items])
+    else: # too few for a share of every class: one of each is kept for training
+        free = np.setdiff1d(items, first)
+        valid = np.random.default_rng(seed).permutation(free)[:min(n_valid, len(free))]
+        train = np.setdiff1d(items, valid)
+    return np.concatenate([train, np.flatnonzero(alone)]),valid
 
 def random_split(
     n:int, # How many items
@@ -115,7 +127,7 @@ def array_dls(
     dsets = Datasets(range(len(images)), [[ItemImage(images)], target_tfms(labels, vocab)], splits=numbers_of(splits))
     return dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=0, after_batch=[IntToFloatTensor(), *batch_tfms])
 
-# %% ../../nbs/50_data.loaders.ipynb #6a31c5ad
+# %% ../../nbs/50_data.loaders.ipynb #6e93867b
 class CachedTokenizer(Tokenizer):
     "fastai's tokenizer, which keeps what it has cut, and cuts a text off after some tokens"
     def __init__(self,
@@ -133,7 +145,8 @@ class CachedTokenizer(Tokenizer):
         return [self.known[t] for t in texts]
 
     def encodes(self, o:str): return self.known[o] if o in self.known else self.tok([compose(*self.rules)(o)]).__next__()[:self.length]
-    def __getstate__(self): return {**self.__dict__, 'known': {}}
+    def __getstate__(self): return {**self.__dict__, 'tok': None, 'known': {}} # spaCy's cutter remembers the words that it has seen
+    def __setstate__(self, state): self.__dict__.update(state, tok=SpacyTokenizer('en'))
 
 def text_vocab(
     tokens, # Lists of tokens
@@ -142,7 +155,7 @@ def text_vocab(
     "The vocabulary of texts"
     return make_vocab(Counter(t for ts in tokens for t in ts), min_freq=min_freq, max_vocab=60_000)
 
-# %% ../../nbs/50_data.loaders.ipynb #9c3470f8
+# %% ../../nbs/50_data.loaders.ipynb #a0e5c447
 class TextLabels:
     "The second part of an item: a class name, or a list of them"
     def __call__(self, item): return item[1]
@@ -160,14 +173,15 @@ def text_dls(
     bs:int=64, # Batch size
     length:int=256, # Tokens that are read of each text
     tokenizer:CachedTokenizer|None=None, # That has perhaps cut these texts before
-)->DataLoaders: # Batches of token numbers (bs, tokens), padded in front, and labels. `.vocab` has two parts: tokens, of the training texts alone, and classes
+)->DataLoaders: # Batches of token numbers (bs, tokens), longest first, and labels. `.vocab` has two parts: tokens, of the training texts alone, and classes
     "Texts in memory as fastai's text classifiers read them"
     splits,vocab,tokenizer = numbers_of(splits),list(vocab),tokenizer or CachedTokenizer(length)
     several = np.ndim(labels) == 2
     names = [[vocab[k] for k in np.flatnonzero(row)] for row in labels] if several else [vocab[k] for k in labels]
     target = [MultiCategorize(vocab=vocab), OneHotEncode()] if several else [Categorize(vocab=vocab, sort=False)]
     words = text_vocab(tokenizer.cut([texts[i] for i in splits[0]]))
-    dsets = Datasets([[t, n] for t, n in zip(texts, names)], [[TextOf(), tokenizer, Numericalize(words)], [TextLabels(), *target]], splits=splits, dl_type=SortedDL)
+    tfms = [[TextOf(), tokenizer, Numericalize(words)], [TextLabels(), *target]]
+    dsets = Datasets([[t, n] for t, n in zip(texts, names)], tfms, splits=splits, dl_type=SortedDL)
     return dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=0, before_batch=Pad_Chunk())
 
 def line_dls(
@@ -179,10 +193,12 @@ def line_dls(
 )->DataLoaders: # Batches of token numbers (bs, seq_len), and of the same moved on by one
     "Texts in memory as fastai's language models read them: one after the other, what comes next?"
     splits,tokenizer = numbers_of(splits),CachedTokenizer(length)
-    words = text_vocab(tokenizer.cut([texts[i] for i in splits[0]]))
+    tokens = tokenizer.cut([texts[i] for i in splits[0]])
+    n,words = sum(map(len, tokens)),text_vocab(tokens)
+    if n < 2*bs: raise ValueError(f"{len(tokens)} texts have {n} tokens, less than {bs} rows of two: use a smaller bs.")
     return Datasets(texts, [[tokenizer, Numericalize(words)]], splits=splits, dl_type=LMDataLoader).dataloaders(bs=bs, num_workers=0, seq_len=seq_len)
 
-# %% ../../nbs/50_data.loaders.ipynb #feb7b6ac
+# %% ../../nbs/50_data.loaders.ipynb #ea59128c
 class FillGaps(FillMissing):
     "fastai's FillMissing, of named columns"
     def __init__(self, columns):
@@ -190,7 +206,7 @@ class FillGaps(FillMissing):
         self.columns = columns
     def setups(self, to): self.na_dict = {n: FillStrategy.median(to[n], None) for n in self.columns}
 
-# %% ../../nbs/50_data.loaders.ipynb #bc6b638e
+# %% ../../nbs/50_data.loaders.ipynb #73223bb7
 def columns_of(
     table:pd.DataFrame # Numbers and words
 )->tuple: # Names: of numbers, of categories, and of the numbers that have gaps

@@ -7,13 +7,13 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.masks.html.md"""
 # %% auto #0
 __all__ = ['mask_of', 'lines_of', 'mask_files', 'class_numbers', 'check_codes', 'check_masks']
 
-# %% ../../nbs/53_data.masks.ipynb #29e193d3
+# %% ../../nbs/53_data.masks.ipynb #d8482d72
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .images import broken_files, each_file, image_files, size_of
+from .images import each_file, image_files, size_of
 
 # %% ../../nbs/53_data.masks.ipynb #96d88257
 def mask_of(
@@ -58,7 +58,7 @@ def mask_files(
         split = np.flatnonzero(~valid),np.flatnonzero(valid)
     return files,masks,codes,split
 
-# %% ../../nbs/53_data.masks.ipynb #865b84a2
+# %% ../../nbs/53_data.masks.ipynb #31a8b5ad
 def class_numbers(
     image # PIL image
 ): # The same, with a number per pixel
@@ -82,17 +82,25 @@ def check_masks(
     masks:list, # Their masks
     codes:list, # Class names
     ignore:int|None=None, # Number in the masks of pixels to be ignored
+    where='', # What they were read from
     progress:bool=True, # Show a progress bar
     skip_broken:bool=False, # Give back what cannot be read, rather than raise
-)->tuple: # Numbers of the pairs that cannot be read
-    "Look at every mask before anything is trained. One that does not fit its image, or a number without a code: ValueError that names it"
+)->tuple: # Numbers of the pairs that cannot be read; the number that means class 1, or None
+    "Look at every mask before anything is trained. One that does not fit its image, a number without a code, or one class in all: ValueError"
     def look(i):
         with Image.open(masks[i]) as mask: values = np.unique(np.asarray(class_numbers(mask))).tolist()
         return values,size_of(files[i]),size_of(masks[i])
     found,broken = each_file(range(len(files)), look, 'masks', progress, skip_broken, masks)
-    for mask, res in zip(masks, found):
-        if res is None: continue
-        values,size,mask_size = res
-        if size != mask_size: raise ValueError(f"{mask} has {mask_size} pixels and its image {size}: they must be of one size.")
-        check_codes(values, codes, ignore, mask)
-    return broken
+    found = [(mask, *res) for mask, res in zip(masks, found) if res is not None]
+    wrong = next((f for f in found if f[2] != f[3]), None)
+    if wrong is not None: raise ValueError(f"{wrong[0]} has {wrong[3]} pixels and its image {wrong[2]}: they must be of one size.")
+    seen = {v for _, values, *_ in found for v in values}
+    as_one = 255 if ignore is None and len(codes) == 2 and seen == {0, 255} else None
+    if as_one is None:
+        for mask, values, *_ in found: check_codes(values, codes, ignore, mask)
+    known = sorted(seen - {ignore})
+    if len(known) < 2:
+        hint = f" If {ignore} is no mark but the class {codes[1]!r}, leave out --ignore {ignore}." if len(codes) == 2 and ignore in seen else ''
+        raise ValueError(f"The masks of {where} have {len(known)} class{'' if len(known) == 1 else 'es'} ({', '.join(map(str, known))}): "
+                         f"there is nothing to tell apart.{hint}")
+    return broken,as_one

@@ -22,7 +22,7 @@ from fastai.vision.learner import create_body
 from fastai.vision.models.unet import DynamicUnet
 from torch import Tensor, nn
 
-from .files import downloading
+from .images import downloading
 
 # %% ../../nbs/58_data.networks.ipynb #4c179266
 def load_weights(
@@ -117,7 +117,7 @@ def build_unet(
     if weights is not None: load_weights(body, weights)
     return DynamicUnet(body, n_classes, tuple(size))
 
-# %% ../../nbs/58_data.networks.ipynb #f1368d0f
+# %% ../../nbs/58_data.networks.ipynb #20c8bdf1
 class LogitsOnly(nn.Module):
     "A fastai text classifier that returns its logits, and not its hidden states beside them"
     def __init__(self,
@@ -127,7 +127,7 @@ class LogitsOnly(nn.Module):
         self.model = model
 
     def forward(self,
-        x # Token numbers (N, tokens), padded in front
+        x # Token numbers (N, tokens), 1 where a text has ended
     )->Tensor: # Logits (N, n_classes)
         "The first of what the model returns"
         return self.model(x.as_subclass(Tensor))[0]
@@ -158,7 +158,8 @@ def network_for(
     if pretrained and weights is None and own: raise ValueError(f"There are no pretrained weights of {arch!r}: name another arch, or leave out pretrained.")
     if kind == 'images' and (arch == 'convnet' or not own): return build_model(arch, n_channels, n_classes, weights, pretrained)
     if kind == 'masks' and not own: return build_unet(arch, n_channels, n_classes, size, weights, pretrained)
-    if arch != NETWORKS[kind] and (kind, arch) != ('texts', 'awd_lstm'): raise ValueError(f"The architecture {arch!r} is not for {kind}: use {NETWORKS[kind]!r}.")
+    if arch != NETWORKS[kind] and (kind, arch) != ('texts', 'awd_lstm'):
+        raise ValueError(f"The architecture {arch!r} is not for {kind}: use {NETWORKS[kind]!r}.")
     if kind == 'masks': model = small_segmenter(n_channels, n_classes)
     elif kind == 'texts': model = text_network(n_channels, n_classes, arch == NETWORKS[kind])
     else: model = TabularModel(*(n_channels if isinstance(n_channels, tuple) else ([], n_channels)), n_classes, [200, 100])

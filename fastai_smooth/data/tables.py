@@ -8,7 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.tables.html.md"""
 __all__ = ['COLUMNS', 'read_frame', 'check_delimiter', 'cell_labels', 'cell_split', 'Table', 'full_rows', 'useful_columns',
            'read_table']
 
-# %% ../../nbs/54_data.tables.ipynb #155fd6b1
+# %% ../../nbs/54_data.tables.ipynb #05fb5a5c
 import io
 import re
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from fastai.data.transforms import image_extensions
 
 from .images import check_trained
 
-# %% ../../nbs/54_data.tables.ipynb #4bff4e26
+# %% ../../nbs/54_data.tables.ipynb #7fc62a91
 def read_frame(
     path, # CSV file
 )->tuple: # The table as texts, the same with numbers as numbers, and what is to be said of it
@@ -54,11 +54,10 @@ def check_delimiter(
     path, # Where they are from
 ):
     "Cells that look like several labels: ValueError that asks for the delimiter"
-    kinds = {*values}
+    kinds = sorted({v.strip() for v in values})
     for mark in ';|, ':
-        joined = [v for v in kinds if mark in v.strip()]
-        parts = {p.strip() for v in kinds for p in v.split(mark)}
-        if joined and len(parts) < len(kinds):
+        joined,parts = [v for v in kinds if mark in v],[p.strip() for v in kinds for p in v.split(mark)]
+        if joined and len({*parts}) < (len(kinds) if mark == ' ' else len(parts)): # parts come again, in other company or alone
             raise ValueError(f"The labels of {path} look like several per row ({joined[0]!r}): pass --delimiter {mark!r} (delimiter={mark!r}), "
                              "or an empty delimiter if each is one label.")
 
@@ -89,7 +88,7 @@ def cell_split(
     if not all(map(len, split)): raise ValueError(f"is_valid puts every row of {path} on one side.")
     return split
 
-# %% ../../nbs/54_data.tables.ipynb #2536b8db
+# %% ../../nbs/54_data.tables.ipynb #9b403efe
 def numeric(cells): return pd.to_numeric(cells, errors='coerce').notna().all()
 
 def named(table, kind):
@@ -119,10 +118,11 @@ def label_column(table, target, item, kind, path):
     if label is None and item is not None and len(columns) == 2: label = next(c for c in columns if c != item) # two columns may be called as they like
     if label is not None and label != item: return label
     if kind is not None and len(columns) < 2: raise ValueError(f"{path} needs a column of {kind}s and one of labels, but has {', '.join(columns)}.")
-    what = f"the one of {kind}s {kind!r} and the one of labels 'label'" if kind else "the one of classes 'label' (or pass target=NAME), one of image files 'file', of texts 'text'"
+    what = (f"the one of {kind}s {kind!r} and the one of labels 'label'" if kind else
+            "the one of classes 'label' (or pass target=NAME), one of image files 'file', one of texts 'text'")
     raise ValueError(f"{path} has the columns {', '.join(columns)}: call {what}.")
 
-# %% ../../nbs/54_data.tables.ipynb #0cba3e4a
+# %% ../../nbs/54_data.tables.ipynb #d3968cc5
 @dataclass
 class Table:
     "What a CSV file holds"
@@ -147,13 +147,13 @@ def full_rows(
         first = [str(i+1) for i in np.flatnonzero(empty)[:5]]
         if not empty.any(): continue
         if not skip_broken:
-            raise ValueError(f"{path} has no {c} in row {', '.join(first)}{', ...' if empty.sum() > 5 else ''} ({empty.sum()} of {len(table)} rows): fill it in, "
-                             "or leave such rows out with --skip-broken (skip_broken=True).")
+            raise ValueError(f"{path} has no {c} in row {', '.join(first)}{', ...' if empty.sum() > 5 else ''} ({empty.sum()} of {len(table)} rows): fill it "
+                             "in, or leave such rows out with --skip-broken (skip_broken=True).")
         notes.append(f"{empty.sum()} rows without {c} are left out")
         kept &= ~empty.to_numpy()
     return np.flatnonzero(kept),notes
 
-# %% ../../nbs/54_data.tables.ipynb #1adacaef
+# %% ../../nbs/54_data.tables.ipynb #3b756efb
 def useful_columns(
     table:pd.DataFrame, # Numbers and words
     path, # Where it is from
@@ -165,7 +165,8 @@ def useful_columns(
         if pd.api.types.is_integer_dtype(v.dtype): counts = n >= 20 and len(v) == n and v.nunique() == n and v.max()-v.min() == n-1
         else: counts = not pd.api.types.is_numeric_dtype(v.dtype) and v.nunique() > max(n/2, 20)
         if counts or not len(v): out.append(c)
-    if len(out) == len(table.columns): raise ValueError(f"{path} has no column that could tell classes apart: {', '.join(out)} name or number the rows. Is one of texts, call it 'text'.")
+    if len(out) == len(table.columns):
+        raise ValueError(f"{path} has no column that could tell classes apart: {', '.join(out)} name or number the rows. If one holds texts, call it 'text'.")
     return table.drop(columns=out),[f"left out, since they name or number the rows: {', '.join(out)}"] if out else []
 
 def read_table(
