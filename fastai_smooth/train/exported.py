@@ -7,15 +7,15 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/train.exported.html.md"""
 # %% auto #0
 __all__ = ['read_learner', 'write_learner', 'held_out_dl', 'figures_of', 'calibrate']
 
-# %% ../../nbs/86_train.exported.ipynb #b2045428
+# %% ../../nbs/86_train.exported.ipynb #a227c6b6
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.data.core import DataLoaders
 from fastai.data.transforms import EncodedMultiCategorize, OneHotEncode, get_c
 from fastai.learner import load_learner
 from fastai.tabular.data import TabularDataLoaders
+from fastai.text.data import Numericalize
 from fastai.torch_core import TensorCategory, TensorMultiCategory
 from fastcore.xtras import is_listy
 
@@ -23,16 +23,14 @@ from ..calibration import TemperatureScaling, cross_fit, gather
 from ..data import read_source
 from ..run_folder import atomic
 
-# %% ../../nbs/86_train.exported.ipynb #9e326341
+# %% ../../nbs/86_train.exported.ipynb #d504218e
 def read_learner(
     file # Exported learner. It is a pickle, which runs code: only files that you trust
 ): # fastai `Learner`
     "Load an exported learner. A file that holds none: ValueError"
-    try: learn = load_learner(file)
+    try: return load_learner(file)
     except Exception as e: # whatever the reader of a damaged or foreign file raises
         raise ValueError(f"Cannot load a learner from {file}: {type(e).__name__}: {e}") from None
-    if not isinstance(getattr(learn, 'dls', None), DataLoaders): raise ValueError(f"{file} holds no fastai learner, but {type(learn).__name__}.")
-    return learn
 
 def write_learner(
     learn, # fastai `Learner`
@@ -44,12 +42,14 @@ def write_learner(
         try: learn.export(part.name)
         finally: learn.path = before
 
-# %% ../../nbs/86_train.exported.ipynb #b895631c
+# %% ../../nbs/86_train.exported.ipynb #943c0fcd
 class _Labelled:
     "Inputs that a learner has read, each with its target"
     def __init__(self, inputs, targets): self.inputs,self.targets = inputs,targets
     def __len__(self): return len(self.targets)
     def __getitem__(self, i): return *self.inputs[i],self.targets[i]
+
+def _has(tl, kind): return any(isinstance(t, kind) for t in tl.tfms.fs)
 
 def _numbers(vocab, source):
     "Labels in the learner's class numbers: (N,) indices or a multi-hot matrix (N, K)"
@@ -64,21 +64,22 @@ def _numbers(vocab, source):
     return there
 
 def _rows_dl(learn, source):
-    "Rows of a table, as the learner's own: their classes as numbers"
+    "Rows of a table, as the learner's own: their classes under the learner's names"
     target = learn.dls.y_names[0]
     missing = [c for c in (*learn.dls.cat_names, *learn.dls.cont_names) if c not in source.table and not c.endswith('_na')] # fastai's marks of gaps
     if missing: raise ValueError(f"{source.where} has no column {missing[0]!r}, which the learner reads.")
-    return learn.dls.test_dl(source.table.assign(**{target: _numbers(learn.dls.vocab, source)}))
+    names = list(learn.dls.vocab)
+    return learn.dls.test_dl(source.table.assign(**{target: [names[k] for k in _numbers(names, source)]}))
 
 def held_out_dl(
     learn, # fastai `Learner` of images, texts or rows, with a class or several labels per example
     source, # `LabelledData` from `read_source`, with images in their files
 ):
     "A data loader of labelled data for a learner, however its own data were made. Data that it cannot read: ValueError"
-    if isinstance(learn.dls, TabularDataLoaders) != (source.kind == 'table'):
-        raise ValueError(f"The learner does not read {source.unit}, as {source.where} has them.")
+    reads = 'table' if isinstance(learn.dls, TabularDataLoaders) else 'texts' if _has(learn.dls.valid_ds.tls[0], Numericalize) else 'images'
+    if source.kind != reads: raise ValueError(f"The learner reads {reads}, but {source.where} holds {source.kind}.")
     if source.kind == 'table': return _rows_dl(learn, source)
-    several = any(isinstance(t, (OneHotEncode, EncodedMultiCategorize)) for t in learn.dls.valid_ds.tls[-1].tfms.fs)
+    several = _has(learn.dls.valid_ds.tls[-1], (OneHotEncode, EncodedMultiCategorize))
     if learn.dls.n_inp != 1 or not hasattr(learn.dls, 'vocab'): raise ValueError("A temperature needs a learner with one input and one set of classes.")
     if source.several and not several: raise ValueError("The learner gives one class to each example, so leave the delimiter out.")
     labels = _numbers(learn.dls.vocab, source)
@@ -90,7 +91,7 @@ def held_out_dl(
     targets = TensorMultiCategory(torch.as_tensor(labels)) if several else [TensorCategory(int(k)) for k in labels]
     return dl.new(_Labelled(dl.dataset, targets))
 
-# %% ../../nbs/86_train.exported.ipynb #16e91b2d
+# %% ../../nbs/86_train.exported.ipynb #f3941b9b
 def figures_of(
     predictions, # `Predictions` as trained
     after, # The same after temperature

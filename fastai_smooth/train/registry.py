@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
 
-# %% ../../nbs/80_train.registry.ipynb #3dd704d6
+# %% ../../nbs/80_train.registry.ipynb #9f988df9
 POSITIVE = 'epochs bs size presize test_size lr length'.split()
 
 def checked(
@@ -80,8 +80,9 @@ class Recipe:
         learn # Trained
     ): # The calibrated `Learner` if the settings say `calibrate`, else the same one
         "The second half of `fit`"
-        from ..calibration import TemperatureScaling # here, because it needs torch
-        return TemperatureScaling(learn).fit() if getattr(learn, 'recipe_settings', self.settings).get('calibrate') else learn
+        if not getattr(learn, 'recipe_settings', self.settings).get('calibrate'): return learn
+        from fastai_smooth.calibration import TemperatureScaling # here, because it needs torch
+        return TemperatureScaling(learn).fit()
 
     def __repr__(self):
         width,shown = max(map(len, self.settings)),[repr(v) for v in self.settings.values()]
@@ -89,7 +90,7 @@ class Recipe:
         rows = [f'  {k:{width}}  {v:{wide}}  {self.sources.get(k, "")}'.rstrip() for k, v in zip(self.settings, shown)]
         return '\n'.join([f'Recipe {self.name}: {self.purpose}', *rows])
 
-# %% ../../nbs/80_train.registry.ipynb #3370cdfe
+# %% ../../nbs/80_train.registry.ipynb #6fa29193
 recipes = {} # names to recipes
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from photos import QUICK, write_digits
 
 from fastai_smooth.callback import LabelSmoothing, OneOf
-from fastai_smooth.data import digits
+from fastai_smooth.data import digits, small_convnet
 from fastai_smooth.distributions import Online
-from fastai_smooth.recipes import small_convnet, train
-from fastai_smooth.recipes.checkpoints import Checkpoints, read_checkpoint, write_checkpoint
+from fastai_smooth.train import Checkpoints, read_checkpoint, train, write_checkpoint
 
 CLI = [sys.executable, '-W', 'ignore', '-m', 'fastai_smooth.cli']
 pytestmark = pytest.mark.filterwarnings('ignore:The temperature')
@@ -74,8 +74,9 @@ def whole(tmp_path_factory):
     return learn, (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: NPY002
 
 
-@pytest.mark.parametrize('place', [('after_batch', 0, 0, 2), ('after_epoch', 0, 0, 0), ('after_batch', 0, 1, 0), ('after_epoch', 0, 1, 0),
-                                   ('after_batch', 1, 0, 1), ('after_batch', 1, 2, 4), ('after_epoch', 1, 2, 0)])
+@pytest.mark.slow
+@pytest.mark.parametrize('place', [('after_batch', 0, 0, 2), ('after_epoch', 0, 1, 0), ('after_batch', 1, 0, 1), ('after_batch', 1, 2, 4),
+                                   ('after_epoch', 1, 2, 0)])
 def test_dead_and_gone_on(place, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(learner(tmp_path/'c.pt', Dies(*place)))
     learn = fit(learner(tmp_path/'c.pt'))
@@ -108,7 +109,8 @@ def test_lr_find_is_not_a_fit(tmp_path):
     assert learn.checkpoints.fits == -1
 
 
-@pytest.mark.parametrize('damage', [lambda b: b[:-1], lambda b: b[:40], lambda b: b'', lambda b: b[:100]+bytes([b[100] ^ 1])+b[101:], lambda b: b+b'x'])
+@pytest.mark.slow
+@pytest.mark.parametrize('damage', [lambda b: b[:-1], lambda b: b'', lambda b: b[:100]+bytes([b[100] ^ 1])+b[101:]])
 def test_what_is_damaged_is_not_read(damage, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(learner(tmp_path/'c.pt', Dies('after_batch', 1, 1)))
     (tmp_path/'c.pt').write_bytes(damage((tmp_path/'c.pt').read_bytes()))
@@ -132,6 +134,8 @@ def test_nothing_is_shown_of_what_is_skipped(tmp_path, capsys):
     assert [line[0] for line in lines] == [1, 2]
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_anywhere_and_resumed(tmp_path):
     "kill -9 at three moments, each time another epoch later; the folder is then that of a run that nobody disturbed"
     args = ['train', 'digits', '--epochs', '12', '--out', str(tmp_path/'run')]
@@ -155,10 +159,10 @@ def test_killed_anywhere_and_resumed(tmp_path):
     assert json.loads((tmp_path/'run'/'summary.json').read_text()) == json.loads((tmp_path/'whole'/'summary.json').read_text())
 
 
+@pytest.mark.slow
 def test_two_fits_are_told_apart_in_the_table(tmp_path):
-    from test_folders import write_digits
-    write_digits(tmp_path/'photos', 120, nested=False)
-    train('finetune', tmp_path/'photos', tmp_path/'run', arch='resnet10t', pretrained=False, size=32, presize=40, bs=32, epochs=2, freeze_epochs=1)
+    write_digits(tmp_path/'photos', 120)
+    train('finetune', tmp_path/'photos', tmp_path/'run', **{**QUICK, 'epochs': 2, 'freeze_epochs': 1})
     rows = list(csv.DictReader((tmp_path/'run'/'metrics.csv').open()))
     assert [(r['fit'], r['epoch']) for r in rows] == [('0', '0'), ('1', '0'), ('1', '1')] and all(float(r['nll']) > 0 for r in rows)
 

@@ -14,8 +14,9 @@ from fastai.callback.mixup import MixUp
 from fastai.learner import load_learner
 
 from fastai_smooth.cli import main
-from fastai_smooth.recipes.registry import recipe, register
+from fastai_smooth.train import recipe, register
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 # --multi_gpu stands for torch's launcher, which starts two processes without a GPU as well; --cpu alone starts one
 LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
           '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
@@ -24,7 +25,7 @@ LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '-
 def launch(*args):
     "Run something on two processes on the CPU"
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONWARNINGS': 'ignore',
-           'PYTHONPATH': os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+           'PYTHONPATH': os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get('PYTHONPATH', '')])}
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'): env.pop(name, None)
     return subprocess.run([*LAUNCH, *map(str, args)], env=env, capture_output=True, text=True, timeout=300)
 
