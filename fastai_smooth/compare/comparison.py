@@ -31,19 +31,19 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastprogress import progress_bar
 from matplotlib.figure import Figure
-from sklearn.model_selection import train_test_split
 
 from .methods import each_method, parse_method, tree_of
 from .page import write_report
 from .pictures import plot_reliability, png_of
-from .scores import METRICS, loss_of, predictions_of, score
-from .verdict import differences, mean_ci, verdict
+from .scores import METRICS, loss_of, predictions_of, score_all
+from .verdict import Evidence, count, differences, mean_ci, verdict
 from ..data import NETWORKS, corrupt_labels, network_for, read_source, transition_matrix
-from ..run_folder import RunFolder, atomic, write_text
+from ..run_folder import RunFolder, atomic, read_config, write_text
 
 # %% ../../nbs/76_compare.comparison.ipynb #d261de2b
 DEFAULT = ('ce', 'ls', 'mixup', 'mixup+ls')
 EPOCHS = {'digits': 12, 'mnist5k': 6, 'multi_digits': 12, 'digit_masks': 12, 'docstrings': 6} # and 10 of anything else
+RUNS = 'fastai_smooth_runs' # the folder of results by default, which readers of data leave out
 LEARNING_RATES = {'images': 3e-3, 'masks': 1e-2, 'texts': 5e-3, 'table': 5e-3}
 
 def parse_pairs(
@@ -73,13 +73,13 @@ class Question:
     noise:float=0. # Share of training labels that are wrong, in [0, 1); of several, every method is tried with each
     pairs:str|None=None # Which classes the wrong labels confuse, such as '4:9,9:4'. None: any with any
     epochs:int|None=None # Passes over the training set. None: what suits the data
-    seeds:int=3 # How many seeds
+    seeds:int=5 # How many seeds
     arch:str|None=None # A network of `NETWORKS`, or a timm model for images, a torchvision model for masks. None: what suits the data
     weights:str|None=None # File with a state dict to start from
     pretrained:bool=False # Whether to start from timm's weights, which are downloaded once
     bs:int=64 # Batch size
     size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, of files at most 128
-    valid_pct:float=.2 # Share of the validation set (where the data don't say which it is), half of which fits the temperature
+    valid_pct:float=.2 # Share of the validation set, where the data don't say which it is
     delimiter:str|None=None # Between several labels in a CSV
     jobs:int=1 # How many runs at a time, each in a process of its own with its share of the processors (to resume, take as many)
     out:str|None=None # Folder for the results. None: nothing is written
@@ -88,6 +88,7 @@ class Question:
     ignore:int|None=None # Number in mask files of pixels to be ignored
     target:str|None=None # Column of the labels of a CSV. None: the one that is called `label`
     skip_broken:bool=False # Leave out what cannot be read, rather than raise
+    seed0:int=0 # The first seed: another one gives fresh splits, weights and noise, as if nobody had looked before
     rows:list=field(default_factory=list, repr=False) # One dict per finished method and seed
 
     def __post_init__(self):
@@ -101,13 +102,11 @@ class Question:
         self._check_methods()
         self._check_split()
         self._check_model()
-        if self.out is not None:
-            self.out = Path(self.out)
-            self._folder = RunFolder(self.out, self.config, self.resume)
+        if self.out is not None: self._check_out()
 
     def _check_numbers(self):
         self.confused = parse_pairs(self.pairs)
-        for name, low in (('epochs', 1), ('seeds', 1), ('bs', 2), ('size', 8), ('jobs', 1)):
+        for name, low in (('epochs', 1), ('seeds', 1), ('bs', 2), ('size', 8), ('jobs', 1), ('seed0', 0)):
             v = getattr(self, name)
             if v is not None and v < low: raise ValueError(f"{name} must be at least {low}, but got {v}.")
         if not 0 < self.valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {self.valid_pct}.")
@@ -134,19 +133,25 @@ class Question:
         if any('taxonomy' in m.parts for m in self.method_of.values()): tree_of(self.vocab)
 
     def _check_split(self):
-        "Every class must be in both halves of the validation set, whatever the seed"
+        "There is something to train on and something to score. Classes that are too rare to be scored are warned of"
         n = len(self.vocab)
-        try: train,valid = self.source.splits(self.valid_pct, 0)
-        except ValueError as e: raise ValueError(f"valid_pct={self.valid_pct} does not split {len(self.labels)} {self.unit}: {e}") from None
+        train,valid = self._split(self.seed0)
         self.n_train,self.n_valid = len(train),len(valid)
         for rate in {m.noise for m in self.method_of.values() if self.confused}: transition_matrix(rate, n, 'asymmetric', self.confused)
-        if self.n_valid < (4 if self.kind == 'masks' else 4*n):
-            raise ValueError(f"valid_pct={self.valid_pct} leaves {self.n_valid} validation {self.unit} for {n} classes: use a larger share.")
-        if self.labels.ndim == 1:
-            rare = np.min([np.bincount(self.labels[self.source.splits(self.valid_pct, seed)[1]], minlength=n) for seed in range(self.seeds)], 0)
-            if rare.min() < 2: raise ValueError(f"valid_pct={self.valid_pct} leaves {rare.min()} validation {self.unit} of the class "
-                                                f"{self.vocab[rare.argmin()]!r}, but one half fits the temperature and the other scores: use a larger share.")
+        if self.n_valid < 4: raise ValueError(f"valid_pct={self.valid_pct} leaves {self.n_valid} validation {self.unit} for {n} classes: use a larger share.")
         if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training {self.unit}.")
+        self.rare = []
+        if self.labels.ndim == 1:
+            least = np.min([np.bincount(self.labels[self._split(seed)[1]], minlength=n) for seed in self._seeds], 0)
+            self.rare = [str(self.vocab[k]) for k in np.flatnonzero(least < 2)]
+
+    @property
+    def _seeds(self): return range(self.seed0, self.seed0+self.seeds)
+
+    def _split(self, seed):
+        "The item numbers of the training and of the validation set"
+        try: return self.source.splits(self.valid_pct, seed)
+        except ValueError as e: raise ValueError(f"valid_pct={self.valid_pct} does not split {len(self.labels)} {self.unit}: {e}") from None
 
     def _network(self):
         shape = self.source.sample(self.size)[0].shape[-2:]
@@ -164,8 +169,9 @@ class Question:
 
     @property
     def config(self): # What decides the figures of a run
-        named = {k: getattr(self, k) for k in 'data delimiter ignore target skip_broken eps noise pairs epochs lr arch weights pretrained bs size valid_pct fingerprint'.split()}
-        return {**named, 'weights_digest': self.weights and joblib.hash(Path(self.weights).read_bytes()), 'threads': self.threads}
+        names = ('data', 'delimiter', 'ignore', 'target', 'skip_broken', 'eps', 'noise', 'pairs', 'epochs', 'lr', 'arch', 'weights', 'pretrained', 'bs', 'size',
+                 'valid_pct', 'seed0', 'fingerprint')
+        return {**{k: getattr(self, k) for k in names}, 'weights_digest': self.weights and joblib.hash(Path(self.weights).read_bytes()), 'threads': self.threads}
 
     @property
     def threads(self)->int: # Of each training: sums in another order are other sums
@@ -177,6 +183,42 @@ class Question:
         options = {'methods': ','.join(self.methods), **named, 'seeds': self.seeds}
         flags = [f"--{k.replace('_', '-')}" for k in ('pretrained', 'skip_broken') if options.pop(k)]
         return [self.data, *(a for k, v in options.items() if v is not None for a in (f"--{k.replace('_', '-')}", str(v))), *flags]
+
+    def _check_out(self):
+        self.out,data = Path(self.out),Path(self.data)
+        inside = data.is_dir() and data.resolve() in self.out.resolve().parents
+        if inside and RUNS not in self.out.resolve().relative_to(data.resolve()).parts:
+            raise ValueError(f"{self.out} lies inside the data folder {data}, where its pictures would be read as images next time: name a folder elsewhere.")
+        self._folder = RunFolder(self.out, self.config, self.resume)
+
+    @classmethod
+    def resumed(cls,
+        out, # Folder of a comparison
+        **arguments # What is given again; it must be as it was, apart from `methods`, `seeds` and `jobs`
+    ):
+        "The comparison that a folder holds, to go on with. An argument that differs: ValueError that names it with both values"
+        noted = read_config(out)
+        as_noted = lambda v: json.loads(json.dumps(v))
+        other = [f"{k}={noted[k]!r} (here {v!r})" for k, v in arguments.items() if k in noted and k not in ('methods', 'seeds') and as_noted(v) != noted[k]]
+        if other: raise ValueError(f"{out} holds another run, with {', '.join(other)}: resume it with the same arguments, or name another folder.")
+        known = {f.name for f in fields(cls)}-{'out', 'resume', 'rows'}
+        return cls(out=out, resume=True, **{**{k: v for k, v in noted.items() if k in known}, **arguments})
+
+    def describe(self)->str: # A line for each thing
+        "What was understood, before anything runs"
+        sizes = [f'{self.size} by {self.size} pixels'] if self.size and self.kind in ('images', 'masks') else []
+        scored = ', a sample of their pixels' if self.kind == 'masks' else ''
+        lines = [self.source.describe(self._split(self.seed0))+f"; every validation {self.unit.removesuffix('s')} is scored once{scored}",
+                 f"{self.arch}, {', '.join([*sizes, count(self.epochs, 'epoch'), f'batches of {self.bs}', f'learning rate {self.lr:g}'])}, {count(self.seeds, 'seed')}",
+                 f"methods: {', '.join(self.methods)}"+(f"; ε = {self.eps:g} unless a name says another" if any(m.smoothing for m in self.method_of.values()) else '')]
+        rates = sorted({m.noise for m in self.method_of.values()})
+        if any(rates):
+            share = np.isin(self.labels, list(self.confused)).mean() if self.confused else 1.
+            lines.append('label noise, in training only: '+', '.join(f'{r:g}' for r in rates)+(f' of the classes in pairs, {share*max(rates):.1%} of all labels' if self.confused else ''))
+        if self.rare: lines.append(f"Warning: fewer than two validation {self.unit} in some split of {', '.join(self.rare[:5])}{', ...' if len(self.rare) > 5 else ''}: "
+                                   "what is said of these classes is worth little; about 10 to 20 examples of a class are needed.")
+        if self.out is not None: lines.append(f"results: {self.out}")
+        return '\n'.join(lines)
 
 # %% ../../nbs/76_compare.comparison.ipynb #b2875a8c
 PIXELS = 100_000 # of a validation set of masks that are scored, drawn alike from every image
@@ -198,7 +240,7 @@ def pixels_of(learn, items, seed, shown):
                 if item in shown: masks[item] = z.argmax(0).numpy().astype(np.int16)
     return (*(np.concatenate(v) for v in (logits, labels, owners)),masks)
 
-# %% ../../nbs/76_compare.comparison.ipynb #e058893c
+# %% ../../nbs/76_compare.comparison.ipynb #51d692d0
 @dataclass
 class Trainings(Question):
     "The trainings that answer the question"
@@ -208,7 +250,7 @@ class Trainings(Question):
     )->Learner: # Ready to fit
         "The learner of one run"
         set_seed(seed, reproducible=True)
-        train,valid = self.source.splits(self.valid_pct, seed)
+        train,valid = self._split(seed)
         labels,method = self.labels.copy(),self.method_of.get(method) or parse_method(method, self.eps, self.noise)
         kind = 'asymmetric' if self.confused else 'symmetric'
         if method.noise: labels[train] = corrupt_labels(labels[train], method.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
@@ -220,28 +262,24 @@ class Trainings(Question):
     def train(self,
         method:str, # See `learner`
         seed:int, # See `learner`
-    )->dict: # Logits and labels of the two halves of the validation set
+    )->dict: # Logits, labels and item numbers of the validation set, and the losses by epoch
         "Train one method with one seed"
         learn = self.learner(method, seed)
-        items = np.asarray(self.source.splits(self.valid_pct, seed)[1])
-        fit,scored = train_test_split(np.arange(len(items)), test_size=.5, random_state=seed, stratify=self.labels[items] if self.labels.ndim == 1 else None)
+        items = np.asarray(self._split(seed)[1])
         with learn.no_logging():
             learn.fit_one_cycle(self.epochs, self.lr)
             losses = np.array([v[:2] for v in learn.recorder.values], dtype=np.float64) # before the prediction starts a new record
             shown = {}
-            if self.kind == 'masks':
-                logits,labels,owners,shown = pixels_of(learn, items, seed, set(items[scored][:SHOWN].tolist()))
-                fit,scored = (np.flatnonzero(np.isin(owners, items[half])) for half in (fit, scored))
-                items = owners
+            if self.kind == 'masks': logits,labels,items,shown = pixels_of(learn, items, seed, set(items[:SHOWN].tolist()))
             else: logits,labels = (t.numpy() for t in learn.get_preds(act=torch.nn.Identity()))
         if self.labels.ndim == 1: labels = labels.reshape(-1) # of a table (N, 1)
         if not np.isfinite(logits).all():
             raise ValueError(f"{method} with seed {seed} has come to predictions that are no numbers (nan): try a lower --lr than {self.lr:g}.")
-        res = dict(logits=logits[scored], labels=labels[scored], fit_logits=logits[fit], fit_labels=labels[fit], items=items[scored], losses=losses)
+        res = dict(logits=logits, labels=labels, items=items, losses=losses)
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
-# %% ../../nbs/76_compare.comparison.ipynb #975ac1c8
-KEPT = 'logits', 'labels', 'fit_logits', 'fit_labels', 'items', 'losses'
+# %% ../../nbs/76_compare.comparison.ipynb #95bd1a97
+KEPT = 'logits', 'labels', 'items', 'losses'
 
 class StoredPredictions(Mapping):
     "The predictions of the finished runs of a folder, read when they are asked for, so that memory does not grow with the seeds"
@@ -262,7 +300,7 @@ def _here(settings, threads, fingerprint):
 
 def _train_here(comparison, method, seed): return _here(*comparison).train(method, seed)
 
-# %% ../../nbs/76_compare.comparison.ipynb #576c568c
+# %% ../../nbs/76_compare.comparison.ipynb #4a06a348
 @dataclass
 class Comparison(Trainings):
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"
@@ -276,17 +314,27 @@ class Comparison(Trainings):
         "Train every method with every seed, and score. With `out`, each finished run is kept there at once"
         self.make_folder()
         with self._folder.claim() if self.out is not None else nullcontext():
-            self.rows,self.predictions = [],{} if self.out is None else StoredPredictions(self._stored)
-            runs = [(m, s) for s in range(self.seeds) for m in self.methods]
+            self.rows,self.examples,self.predictions,self.looks = [],{},{} if self.out is None else StoredPredictions(self._stored),self._earlier_looks()
+            vars(self).pop('_together', None) # what pictures have kept of an earlier run
+            runs = [(m, s) for s in self._seeds for m in self.methods]
             bar = progress_bar(range(len(runs))) if progress else range(len(runs))
             for (method, seed), res, _ in zip(runs, self._results(runs), bar):
                 if progress: bar.comment = f'{method}, seed {seed}'
                 self.predictions[method,seed] = res
-                self.rows.append(dict(method=method, seed=seed, **score(**res)))
+                figures,self.examples[method,seed] = score_all(**res)
+                self.rows.append(dict(method=method, seed=seed, **figures))
                 if self.out is not None: write_text(self.out/'runs.csv', pd.DataFrame(self.rows).to_csv(index=False, lineterminator='\n'))
             summary = self.summary()
-            if self.out is not None: self._write_report(summary)
+            if self.out is not None:
+                self._write_report(summary)
+                self._folder.note(looks=[*self.looks, self.seeds])
         return summary
+
+    def _earlier_looks(self):
+        "How many seeds the earlier verdicts on these runs had, and from here on what else it takes to resume them"
+        if self.out is None: return []
+        self._folder.note(methods=self.methods, seeds=self.seeds)
+        return [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
 
     def _results(self, runs):
         "The results of all runs, in order: those that are there already, and the others as they are done"
@@ -320,10 +368,14 @@ class Comparison(Trainings):
         figures = {m: {k: mean_ci([r[k] for r in self.rows if r['method'] == m]) for k in METRICS} for m in self.methods}
         return dict(data=self.data, n_train=self.n_train, n_valid=self.n_valid, n_classes=len(self.vocab), arch=self.arch, epochs=self.epochs,
                     seeds=self.seeds, noise=self.noise, eps=self.eps, methods=figures,
-                    verdict=verdict(figures, self.seeds, self.differences(), self.noise))
+                    verdict=verdict(self.evidence()))
+
+    def evidence(self)->Evidence:
+        "What the verdict is drawn from"
+        return Evidence(self.rows, self.noise, self.examples, self.n_train, self.n_valid, self.source.split is not None, self.looks)
 
     def differences(self)->dict: # {method: {metric: {'mean', 'ci95'}}}
-        "How each method differs from cross entropy (or from the first method) with the same label noise, seed by seed"
+        "How each method differs from cross entropy (or from the first method) with the same label noise, seed by seed: plain intervals"
         return differences(self.rows, self.noise)
 
     def _write_report(self, summary):
@@ -343,6 +395,6 @@ class Comparison(Trainings):
         "The method with the lowest negative log-likelihood after temperature"
         return min(self.methods, key=lambda m: np.mean([r['nll_ts'] for r in self.rows if r['method'] == m]))
 
-    def plot_reliability(self)->Figure: # Two pairs of axes per method
+    def plot_reliability(self)->Figure: # Axes per method
         "Accuracy against confidence, all seeds together, as trained and after temperature scaling"
         return plot_reliability(self)
