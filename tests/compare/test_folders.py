@@ -5,7 +5,7 @@ import torch
 from users_files import write_digits
 
 from fastai_smooth.cli import main
-from fastai_smooth.recipes import Comparison
+from fastai_smooth.compare import Comparison
 
 
 def test_compare_with_nested_folders_as_tree(tmp_path, capsys):
