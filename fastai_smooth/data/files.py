@@ -31,7 +31,7 @@ from .tables import read_table
 # %% ../../nbs/55_data.files.ipynb #42266121
 def warn_of_rare(labels, vocab, split, what):
     "Warn of classes with fewer than two validation examples, by name"
-    total,valid = (np.bincount(labels[s], minlength=len(vocab)) for s in (slice(None), split[1]))
+    total,valid = (labels[s].sum(0) if labels.ndim == 2 else np.bincount(labels[s], minlength=len(vocab)) for s in (slice(None), split[1]))
     rare = np.flatnonzero(valid < 2)
     if not len(rare): return
     named = ', '.join(f'{vocab[k]!r} ({valid[k]} of {total[k]})' for k in rare[:5]) + (', ...' if len(rare) > 5 else '')
@@ -89,8 +89,8 @@ class LabelledData(ABC):
         seed:int=42, # Seed of the split
     )->tuple: # Item numbers of the training and of the validation set
         "The split that the data come with, otherwise one in which every class has its share. Classes that are too rare for that: a warning that names them"
-        if self.kind == 'masks' or self.several: return self.split or random_split(len(self), valid_pct, seed)
-        try: split = self.split or stratified_split(self.labels, valid_pct, seed)
+        if self.kind == 'masks': return self.split or random_split(len(self), valid_pct, seed)
+        try: split = self.split or (random_split(len(self), valid_pct, seed) if self.several else stratified_split(self.labels, valid_pct, seed))
         except ValueError as e: raise ValueError(f"valid_pct={valid_pct} does not split the {len(self)} {self.unit} of {self.where}: {e}") from None
         warn_of_rare(self.labels, self.vocab, split, f'{self.unit} of {self.where}')
         return split
@@ -148,7 +148,7 @@ class ImageData(LabelledData):
     def load(self, size, progress=True, skip_broken=False):
         "Read all images, cut and resized to squares"
         images,broken = read_images(self.files, size, progress, skip_broken)
-        return replace(self, images=images).without(broken)
+        return replace(self, images=images, notes=[*self.notes, f"read at {size} by {size} pixels"]).without(broken)
 
     def without(self,
         broken:list # Numbers of items

@@ -119,7 +119,7 @@ def label_column(table, target, item, kind, path):
     if label is not None and label != item: return label
     if kind is not None and len(columns) < 2: raise ValueError(f"{path} needs a column of {kind}s and one of labels, but has {', '.join(columns)}.")
     what = (f"the one of {kind}s {kind!r} and the one of labels 'label'" if kind else
-            "the one of classes 'label' (or pass target=NAME), one of image files 'file', one of texts 'text'")
+            "the one of classes 'label' (or pass --target NAME, target=NAME), one of image files 'file', one of texts 'text'")
     raise ValueError(f"{path} has the columns {', '.join(columns)}: call {what}.")
 
 # %% ../../nbs/54_data.tables.ipynb #d3968cc5

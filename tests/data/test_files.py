@@ -63,12 +63,12 @@ def test_what_was_understood(tmp_path):
     write_digits(tmp_path/'photos', 80, split=True)
     data = read_source(tmp_path/'photos', progress=False)
     assert data.describe(data.split).splitlines() == [f'{tmp_path}/photos: 80 images, 10 classes: round/0, round/3, round/6, round/8, round/9, straight/1, ...',
-                                                      '60 for training, 20 for validation (as the data say)']
+                                                      'read at 16 by 16 pixels', '60 for training, 20 for validation (as the data say)']
     rows = [(f'photos/{f.relative_to(tmp_path/"photos")}', 'a;b' if i % 2 else 'b') for i, f in enumerate(data.files)]
     pd.DataFrame(rows, columns=['file', 'tags']).to_csv(tmp_path/'t.csv')
     lines = read_source(tmp_path/'t.csv', delimiter=';', progress=False).describe().splitlines()
     assert lines == [f'{tmp_path}/t.csv: 80 images, 2 classes, several per example: a, b', "labels: the column 'tags'",
-                     'the column without a name (Unnamed: 0) is left out']
+                     'the column without a name (Unnamed: 0) is left out', 'read at 16 by 16 pixels']
 
 
 def test_rare_classes_are_named(tmp_path):

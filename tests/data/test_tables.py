@@ -68,7 +68,7 @@ def test_tables_of_a_comparison_and_of_a_training_are_the_same(tmp_path):
     wine['cellar'] = ['north' if i % 2 else 'south' for i in range(len(wine))]
     wine['is_valid'] = [i % 5 == 0 for i in range(len(wine))]
     wine.to_csv(tmp_path/'t.csv', index=False)
-    with pytest.raises(ValueError, match='has the columns alcohol, .*, cellar: call the one of classes .label. .or pass target'): read_source(tmp_path/'t.csv')
+    with pytest.raises(ValueError, match='has the columns alcohol, .*, cellar: .* .or pass --target NAME'): read_source(tmp_path/'t.csv')
     data = read_source(tmp_path/'t.csv', target='target')
     assert data.kind == 'table' and data.vocab == ['kind 0', 'kind 1', 'kind 2'] and data.table.shape == (178, 14) and len(data.split[1]) == 36
     a = data.dls(data.labels, data.splits(), 8)
