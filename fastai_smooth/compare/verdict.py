@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.verdict.html.md"""
 # %% auto #0
 __all__ = ['HEADS', 'mean_ci', 'baselines', 'figures_of', 'differences', 'Difference', 'Evidence', 'verdict', 'table']
 
-# %% ../../nbs/73_compare.verdict.ipynb #787b1f28
+# %% ../../nbs/73_compare.verdict.ipynb #94026c78
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +48,7 @@ def differences(
     bases = baselines(list(dict.fromkeys(r['method'] for r in rows)), noise)
     return {m: {k: mean_ci(figures_of(rows, m, k)-figures_of(rows, base, k)) for k in METRICS} for m, base in bases.items() if base}
 
-# %% ../../nbs/73_compare.verdict.ipynb #9aac1666
+# %% ../../nbs/73_compare.verdict.ipynb #ff459c74
 def number(x, digits=3, sign=''):
     "A figure in words"
     text = f'{x:{sign}.{digits}f}'
@@ -68,7 +68,7 @@ def count(n, what):
     "A number of things in words"
     return f"{n} {what}{'' if n == 1 else 's'}"
 
-# %% ../../nbs/73_compare.verdict.ipynb #00e279b2
+# %% ../../nbs/73_compare.verdict.ipynb #1c898c86
 @dataclass(frozen=True)
 class Difference:
     "How a method differs from the one it is compared with in one figure, and how far that can be trusted"
@@ -119,7 +119,7 @@ class Difference:
         if self.sign and self.metric == 'nll_ts': how += f' by {abs(self.mean)/max(self.base_mean, 1e-12):.0%}'
         return f"{number(self.mean, sign='+')} ({{}}{number(self.low, sign='+')} to {number(self.high, sign='+')}{{}}): {how}"
 
-# %% ../../nbs/73_compare.verdict.ipynb #2052c835
+# %% ../../nbs/73_compare.verdict.ipynb #af17c4e1
 PRIMARY,SECOND = 'nll_ts','accuracy'
 SHARE = .9 # of the error rate that goes to the primary figure
 
@@ -144,7 +144,7 @@ def crossed_variance(each, metric):
     inter = ((each-each.mean(0)-each.mean(1, keepdims=True)+each.mean())**2).sum()/((k-1)*(n-1))
     return max((each.mean(0).var(ddof=1)-inter/k)/n, 0.),inter/n+(metric == SECOND)/n**2
 
-# %% ../../nbs/73_compare.verdict.ipynb #76af939b
+# %% ../../nbs/73_compare.verdict.ipynb #2a70441d
 @dataclass
 class Evidence:
     "The runs of a comparison, and what may be concluded from them"
@@ -176,9 +176,9 @@ class Evidence:
         least = np.mean((np.abs(gaps)*self.n_valid+1)/self.n_valid**2) if metric == SECOND and self.n_valid else 0. # accuracies lie on a grid
         within,examples = 0.,0.
         if each is not None: examples,within = crossed_variance(np.stack(each), metric) if self.one_split else (0., variance_within(each, metric))
-        return Difference(method, base, metric, float(gaps.mean()), float(figures[:,group.index(base)].mean()), float(max(pooled, gaps.var(ddof=1), least, within)),
-                          df, k, float(within), 0. if self.one_split or not self.n_train else self.n_valid/self.n_train, float(examples),
-                          max((self.n_valid or 2)-1, 1), level)
+        variance,overlap = max(pooled, gaps.var(ddof=1), least, within),0. if self.one_split or not self.n_train else self.n_valid/self.n_train
+        return Difference(method, base, metric, float(gaps.mean()), float(figures[:,group.index(base)].mean()), float(variance), df, k, float(within), overlap,
+                          float(examples), max((self.n_valid or 2)-1, 1), level)
 
     def differences(self)->dict: # {method: {'nll_ts': `Difference`, 'accuracy': `Difference`}}
         "What the verdict is about. Of the error rate each method has its share; accuracy gets a tenth of it, or all of it where the NLL has been decided"
@@ -190,12 +190,10 @@ class Evidence:
         return found
 
 # %% ../../nbs/73_compare.verdict.ipynb #a3b19117
-NAMES = {PRIMARY: 'NLL after temperature', SECOND: 'accuracy'}
-
-def sentence_of(found, metric, corrected):
-    "All methods that are compared with the same one, in one figure"
-    first,*others = [d[metric] for d in found]
-    text = f"{first.method} against {first.base}, {NAMES[metric]} "+str(first).format('95% for new data ', corrected)
+def sentence_of(found, corrected):
+    "NLL after temperature of all methods that are compared with the same one"
+    first,*others = found
+    text = f"{first.method} against {first.base}, NLL after temperature "+str(first).format('95% for new data ', corrected)
     return '; '.join([text, *(f"{d.method} "+str(d).format('', '') for d in others)])+'.'
 
 def power_of(found):
@@ -204,8 +202,8 @@ def power_of(found):
     needed = {d.method: d.seeds_needed() for d in open_ones}
     some = [f"about {n} seeds for {m}" for m, n in needed.items() if n]
     never = [m for m, n in needed.items() if not n]
-    parts = ([f"would take {', '.join(some)}"] if some else []) + ([f"would take more validation data, not seeds, for {', '.join(never)}"] if never else [])
-    return f" To see an NLL difference of the size found {' and '.join(parts)}." if parts else ''
+    parts = [*some, *([f"more validation data rather than more seeds for {', '.join(never)}"] if never else [])]
+    return f" To tell an NLL difference of the size found would take {', '.join(parts)}." if parts else ''
 
 def calibration_of(rows, best, base):
     "How the best method is calibrated as trained, and whether a temperature mends it"
@@ -219,34 +217,35 @@ def calibration_of(rows, best, base):
 
 def notes_of(evidence):
     "What else there is to know of the runs. None of it is a finding"
-    rows,methods = evidence.rows,[parse_method(m, noise=evidence.noise) for m in evidence.methods]
-    notes = [f"{m} learned nothing in {n} of {count(len(evidence.seeds), 'run')} (NLL after temperature no better than the class frequencies): "
-             "more epochs, or another learning rate." for m, n in evidence.failed.items()]
-    for m in evidence.methods:
+    rows,names,runs = evidence.rows,evidence.methods,count(len(evidence.seeds), 'run')
+    notes = [f"{m} learned nothing in {n} of {runs} (NLL after temperature no better than the class frequencies): more epochs, or another learning rate."
+             for m, n in evidence.failed.items()]
+    for m in names:
         bound,untold = (sum(r.get(k, 0) for r in rows if r['method'] == m) for k in ('at_bound', 'untold'))
-        if bound: notes.append(f"The temperature of {m} is at the end of its range in {bound:.0f} of {count(len(evidence.seeds), 'run')}.")
-        elif untold: notes.append(f"The data hardly tell the temperature of {m} in {untold:.0f} of {count(len(evidence.seeds), 'run')}; a weak prior keeps it near 1.")
-    same = [(a, b) for i, a in enumerate(evidence.methods) for b in evidence.methods[i+1:] if np.allclose(*(figures_of(rows, m, 'nll_ts') for m in (a, b)), 1e-9, 0)]
-    notes += [f"{a} and {b} gave the same predictions: they are one method here." for a, b in same]
+        if bound: notes.append(f"The temperature of {m} is at the end of its range in {bound:.0f} of {runs}.")
+        elif untold: notes.append(f"The data hardly tell the temperature of {m} in {untold:.0f} of {runs}; a weak prior keeps it near 1.")
+    alike = lambda a, b: np.allclose(figures_of(rows, a, PRIMARY), figures_of(rows, b, PRIMARY), 1e-9, 0)
+    notes += [f"{a} and {b} gave the same predictions: they are one method here." for i, a in enumerate(names) for b in names[i+1:] if alike(a, b)]
     strengths = {}
-    for m in methods:
+    for m in (parse_method(m, noise=evidence.noise) for m in names):
         if m.smoothing: strengths.setdefault((frozenset(m.parts), m.noise), []).append(m.name)
-    notes += [f"{' and '.join(names)} differ only in ε: that one of them looks best is no finding." for names in strengths.values() if len(names) > 1]
+    notes += [f"{' and '.join(group)} differ only in ε: that one of them looks best is no finding." for group in strengths.values() if len(group) > 1]
     if evidence.looks:
-        notes.append(f"This is look {len(evidence.looks)+1} at these runs (before: {', '.join(map(str, evidence.looks))} seeds), and the intervals are corrected for "
-                     f"that, too; fresh seeds (--seed0 {max(evidence.seeds)+1}) need no correction.")
+        before = ', '.join(map(str, evidence.looks))
+        notes.append(f"This is look {len(evidence.looks)+1} at these runs (before: {before} seeds), and the intervals are corrected for that, too; "
+                     f"fresh seeds (--seed0 {max(evidence.seeds)+1}) need no correction.")
     return ''.join(f' {n}' for n in notes)
 
 # %% ../../nbs/73_compare.verdict.ipynb #77dc4289
 def verdict_of(evidence, base, found, corrected):
     "The verdict on the methods that are compared with one"
-    text = sentence_of(found, PRIMARY, corrected)
+    text = sentence_of([d[PRIMARY] for d in found], corrected)
     best = min((d[PRIMARY] for d in found if d[PRIMARY].sign > 0), key=lambda d: d.mean, default=None)
     if best: text += calibration_of(evidence.rows, best.method, base)
     text += power_of([d[PRIMARY] for d in found])
-    return f"{text} {sentence_of(found, SECOND, '')[:1].upper()}{sentence_of(found, SECOND, '')[1:]}"
+    return f"{text} Accuracy: "+'; '.join(f"{d[SECOND].method} "+str(d[SECOND]).format('', '') for d in found)+'.'
 
-# %% ../../nbs/73_compare.verdict.ipynb #67139533
+# %% ../../nbs/73_compare.verdict.ipynb #e12c8598
 def verdict(
     evidence:Evidence # Of a comparison
 )->str: # A few sentences, for each label noise

@@ -26,8 +26,9 @@ def evidence(nll, accuracy, examples=None, n_valid=N_VALID, **kwargs):
     "As a comparison has it"
     k, j = nll.shape
     names = ['ce', *(f'ls@{(i+1)/100}' for i in range(j-1))]
-    rows = [dict(method=m, seed=s, nll_ts=nll[s, i], accuracy=accuracy[s, i], ece=.03, ece_ts=.01, ece_null_ts=.01) for s in range(k) for i, m in enumerate(names)]
-    return Evidence(rows, 0., examples and {(m, s): examples(s, i) for s in range(k) for i, m in enumerate(names)}, N_TRAIN, n_valid, **kwargs)
+    runs = [(s, i, m) for s in range(k) for i, m in enumerate(names)]
+    rows = [dict(method=m, seed=s, nll_ts=nll[s, i], accuracy=accuracy[s, i], ece=.03, ece_ts=.01, ece_null_ts=.01) for s, i, m in runs]
+    return Evidence(rows, 0., examples and {(m, s): examples(s, i) for s, i, m in runs}, N_TRAIN, n_valid, **kwargs)
 
 
 def claims(text): return 'better' in text or 'worse' in text
