@@ -58,7 +58,7 @@ def pixels_of(learn, items, seed, shown):
                 if item in shown: masks[item] = z.argmax(0).numpy().astype(np.int16)
     return (*(np.concatenate(v) for v in (logits, labels, owners)),masks)
 
-# %% ../../nbs/77_compare.comparison.ipynb #1b926f51
+# %% ../../nbs/77_compare.comparison.ipynb #b871e2d7
 @dataclass
 class Trainings(Question):
     "The trainings that answer the question"
@@ -96,7 +96,7 @@ class Trainings(Question):
         res = dict(logits=logits, labels=labels, items=items, losses=losses)
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
-# %% ../../nbs/77_compare.comparison.ipynb #c9834828
+# %% ../../nbs/77_compare.comparison.ipynb #d9179e78
 KEPT = 'logits', 'labels', 'items', 'losses'
 
 class StoredPredictions(Mapping):
@@ -118,7 +118,7 @@ def _here(settings, threads, fingerprint):
 
 def _train_here(comparison, method, seed): return _here(*comparison).train(method, seed)
 
-# %% ../../nbs/77_compare.comparison.ipynb #e34f09a9
+# %% ../../nbs/77_compare.comparison.ipynb #fc909fb9
 @dataclass
 class Comparison(Trainings):
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"

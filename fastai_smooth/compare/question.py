@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.question.html.md"""
 # %% auto #0
 __all__ = ['Question']
 
-# %% ../../nbs/76_compare.question.ipynb #54659411
+# %% ../../nbs/76_compare.question.ipynb #7c5222bf
 import itertools
 import json
 import os

@@ -7,11 +7,11 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.verdict.html.md"""
 # %% auto #0
 __all__ = ['HEADS', 'mean_ci', 'baselines', 'figures_of', 'differences', 'Difference', 'Evidence', 'verdict', 'table']
 
-# %% ../../nbs/73_compare.verdict.ipynb #94026c78
+# %% ../../nbs/73_compare.verdict.ipynb #8963b76f
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from .methods import parse_method
 from .scores import METRICS
@@ -48,7 +48,7 @@ def differences(
     bases = baselines(list(dict.fromkeys(r['method'] for r in rows)), noise)
     return {m: {k: mean_ci(figures_of(rows, m, k)-figures_of(rows, base, k)) for k in METRICS} for m, base in bases.items() if base}
 
-# %% ../../nbs/73_compare.verdict.ipynb #ff459c74
+# %% ../../nbs/73_compare.verdict.ipynb #59b57729
 def number(x, digits=3, sign=''):
     "A figure in words"
     text = f'{x:{sign}.{digits}f}'
@@ -68,7 +68,7 @@ def count(n, what):
     "A number of things in words"
     return f"{n} {what}{'' if n == 1 else 's'}"
 
-# %% ../../nbs/73_compare.verdict.ipynb #1c898c86
+# %% ../../nbs/73_compare.verdict.ipynb #0cbc22bd
 @dataclass(frozen=True)
 class Difference:
     "How a method differs from the one it is compared with in one figure, and how far that can be trusted"
@@ -87,19 +87,19 @@ class Difference:
     level:float=.05 # Error rate of the interval
 
     def half(self,
-        seeds:int|None=None, # As if there were so many. None: as many as there are
-    )->float:
+        seeds=None, # As if there were so many: a number or an array. None: as many as there are
+    ):
         "Half of the width of the interval for new data"
-        k = seeds or self.seeds
-        df = self.df*(k-1)/(self.seeds-1)
-        z,t,t_examples = stats.t.ppf(1-self.level/2, [np.inf, df, self.df_examples])
-        within = self.within if k > 2 else 0. # two seeds don't tell whether there is more
-        return float(np.sqrt((t**2*max(self.variance-within, 0.)+z**2*within)*(1/k+self.overlap)+t_examples**2*self.examples))
+        k = np.asarray(self.seeds if seeds is None else seeds, np.float64)
+        p = 1-self.level/2
+        z,t,t_examples = special.ndtri(p),special.stdtrit(self.df*(k-1)/(self.seeds-1), p),special.stdtrit(self.df_examples, p)
+        within = np.where(k > 2, self.within, 0.) # two seeds don't tell whether there is more
+        return np.sqrt((t**2*np.maximum(self.variance-within, 0.)+z**2*within)*(1/k+self.overlap)+t_examples**2*self.examples)
 
     @property
-    def low(self)->float: return self.mean-self.half()
+    def low(self)->float: return float(self.mean-self.half())
     @property
-    def high(self)->float: return self.mean+self.half()
+    def high(self)->float: return float(self.mean+self.half())
 
     @property
     def sign(self)->int: # -1, 0 or 1
@@ -111,15 +111,16 @@ class Difference:
         most:int=100, # Seeds that anybody would run
     )->int|None: # None: more than that
         "About how many seeds would show a difference of this size in four of five comparisons"
-        se = lambda k: np.sqrt(max(self.variance, self.within)*(1/k+self.overlap)+self.examples)
-        return next((k for k in range(self.seeds+1, most+1) if abs(self.mean) > self.half(k)+stats.norm.ppf(.8)*se(k)), None)
+        k = np.arange(self.seeds+1, most+1)
+        enough = abs(self.mean) > self.half(k)+special.ndtri(.8)*np.sqrt(max(self.variance, self.within)*(1/k+self.overlap)+self.examples)
+        return int(k[enough][0]) if enough.any() else None
 
     def __str__(self):
         how = {1: 'better', -1: 'worse', 0: 'cannot tell'}[self.sign]
         if self.sign and self.metric == 'nll_ts': how += f' by {abs(self.mean)/max(self.base_mean, 1e-12):.0%}'
         return f"{number(self.mean, sign='+')} ({{}}{number(self.low, sign='+')} to {number(self.high, sign='+')}{{}}): {how}"
 
-# %% ../../nbs/73_compare.verdict.ipynb #af17c4e1
+# %% ../../nbs/73_compare.verdict.ipynb #b3408677
 PRIMARY,SECOND = 'nll_ts','accuracy'
 SHARE = .9 # of the error rate that goes to the primary figure
 
@@ -144,7 +145,7 @@ def crossed_variance(each, metric):
     inter = ((each-each.mean(0)-each.mean(1, keepdims=True)+each.mean())**2).sum()/((k-1)*(n-1))
     return max((each.mean(0).var(ddof=1)-inter/k)/n, 0.),inter/n+(metric == SECOND)/n**2
 
-# %% ../../nbs/73_compare.verdict.ipynb #2a70441d
+# %% ../../nbs/73_compare.verdict.ipynb #12459fce
 @dataclass
 class Evidence:
     "The runs of a comparison, and what may be concluded from them"
@@ -171,14 +172,23 @@ class Evidence:
         group = [m for m, b in self.bases.items() if base in (b, m) and m not in self.failed]
         figures = np.stack([figures_of(self.rows, m, metric) for m in group], 1)
         gaps = figures[:,group.index(method)]-figures[:,group.index(base)]
-        each = None if self.examples is None else [self.examples[method,s][metric]-self.examples[base,s][metric] for s in self.seeds]
         pooled,df = residual_variance(figures)
-        least = np.mean((np.abs(gaps)*self.n_valid+1)/self.n_valid**2) if metric == SECOND and self.n_valid else 0. # accuracies lie on a grid
         within,examples = 0.,0.
-        if each is not None: examples,within = crossed_variance(np.stack(each), metric) if self.one_split else (0., variance_within(each, metric))
-        variance,overlap = max(pooled, gaps.var(ddof=1), least, within),0. if self.one_split or not self.n_train else self.n_valid/self.n_train
+        if self.examples is None:
+            least = np.mean((np.abs(gaps)*self.n_valid+1)/self.n_valid**2) if metric == SECOND and self.n_valid else 0. # accuracies lie on a grid
+            variance = max(pooled, gaps.var(ddof=1), least)
+        else:
+            parts = {m: self._of_examples(m, base, metric) for m in group if m != base}
+            examples,within = parts[method]
+            variance = within+max(pooled-np.mean([w for _, w in parts.values()]), 0.)
+        overlap = 0. if self.one_split or not self.n_train else self.n_valid/self.n_train
         return Difference(method, base, metric, float(gaps.mean()), float(figures[:,group.index(base)].mean()), float(variance), df, k, float(within), overlap,
                           float(examples), max((self.n_valid or 2)-1, 1), level)
+
+    def _of_examples(self, method, base, metric):
+        "What the examples make of the variance of a difference: of its mean, however many seeds there are, and of each seed"
+        each = [self.examples[method,s][metric]-self.examples[base,s][metric] for s in self.seeds]
+        return crossed_variance(np.stack(each), metric) if self.one_split else (0., variance_within(each, metric))
 
     def differences(self)->dict: # {method: {'nll_ts': `Difference`, 'accuracy': `Difference`}}
         "What the verdict is about. Of the error rate each method has its share; accuracy gets a tenth of it, or all of it where the NLL has been decided"
@@ -245,7 +255,7 @@ def verdict_of(evidence, base, found, corrected):
     text += power_of([d[PRIMARY] for d in found])
     return f"{text} Accuracy: "+'; '.join(f"{d[SECOND].method} "+str(d[SECOND]).format('', '') for d in found)+'.'
 
-# %% ../../nbs/73_compare.verdict.ipynb #e12c8598
+# %% ../../nbs/73_compare.verdict.ipynb #bbf29ee3
 def verdict(
     evidence:Evidence # Of a comparison
 )->str: # A few sentences, for each label noise
