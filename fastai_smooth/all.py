@@ -8,18 +8,18 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/all.html.md"""
 __all__ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'CalibrationInterpretation', 'TemperatureScaling',
            'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss', 'digits', 'digit_masks', 'docstrings',
            'embedded_table', 'mnist5k', 'multi_digits', 'corrupt_labels', 'ClassPrior', 'Distribution', 'Online',
-           'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy',
-           'smooth_cross_entropy', 'smooth_linear_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy',
-           'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL', 'CombinedLoss', 'EachClass', 'MultiTargetLoss',
-           'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty',
-           'MultiLabelSmoothingCrossEntropy', 'Comparison', 'Recipe', 'recipe', 'recipes', 'MixedTarget', 'convert_eps',
-           'smooth_binary', 'smooth_labels', 'to_dense']
+           'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf',
+           'smooth_binary_cross_entropy', 'smooth_cross_entropy', 'smooth_linear_cross_entropy', 'LabelSmoothingBCE',
+           'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL', 'CombinedLoss',
+           'EachClass', 'MultiTargetLoss', 'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal',
+           'LogitPenalty', 'MultiLabelSmoothingCrossEntropy', 'Comparison', 'Recipe', 'recipe', 'recipes',
+           'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']
 
 # %% ../nbs/91_all.ipynb #8940a93a
 from .calibration import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, CalibrationInterpretation, ClasswiseECE, TemperatureScaling
 from .callback import CutMixMask, LabelSmoothing, OneOf, TimmMix, soft_loss
 from .data import corrupt_labels, digit_masks, digits, docstrings, embedded_table, mnist5k, multi_digits
-from .distributions import ClassPrior, Distribution, Online, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf
+from .distributions import ClassPrior, Distribution, Online, PossibleClasses, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf
 from .kernels import smooth_binary_cross_entropy, smooth_cross_entropy, smooth_linear_cross_entropy
 from .losses import (CombinedLoss, EachClass, MultiTargetLoss,
                                   LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingDice,
@@ -32,8 +32,9 @@ from .train import Recipe, recipe, recipes
 _all_ = ['AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'CalibrationInterpretation', 'TemperatureScaling',
          'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss',
          'digits', 'digit_masks', 'docstrings', 'embedded_table', 'mnist5k', 'multi_digits', 'corrupt_labels',
-         'ClassPrior', 'Distribution', 'Online', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy',
-         'smooth_cross_entropy', 'smooth_linear_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
+         'ClassPrior', 'Distribution', 'Online', 'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf',
+         'smooth_binary_cross_entropy', 'smooth_cross_entropy', 'smooth_linear_cross_entropy', 'LabelSmoothingBCE',
+         'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
          'CombinedLoss', 'EachClass', 'MultiTargetLoss',
          'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
          'Comparison', 'Recipe', 'recipe', 'recipes', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']

@@ -1,0 +1,19 @@
+"Runs one notebook in a process of its own"
+import os
+import warnings
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # two threads get in each other's way as soon as anything else runs
+os.environ.setdefault('MPLBACKEND', 'agg')
+warnings.simplefilter('ignore')
+
+from nbdev.test import test_nb  # noqa: E402
+
+FASTAI = 'fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'fastai_smooth.all'
+
+
+def run(path, root, log):
+    "Execute all cells but the slow ones; what is printed goes to the file `log`; exit code 1 for an error"
+    with open(log, 'w', encoding='utf-8') as f:
+        for stream in (1, 2): os.dup2(f.fileno(), stream)
+        ok, _ = test_nb(path, basepath=root, skip_flags=['slow'])
+    os._exit(not ok)
