@@ -1,14 +1,15 @@
 "The command: its options are the parameters of functions, mistakes are one line, and usage needs neither torch nor fastai"
+import json
 import subprocess
 import sys
 
 import pytest
 
-from fastai_smooth import __version__
+from fastai_smooth import __version__, cli
 from fastai_smooth.cli import COMMANDS, _parser, main, numbers, setting
-from fastai_smooth.compare import Comparison
+from fastai_smooth.compare import Comparison, methods
 from fastai_smooth.data import SOURCES
-from fastai_smooth.train import recipes
+from fastai_smooth.train import recipes, training
 
 
 @pytest.mark.parametrize('args, words', [
@@ -45,7 +46,7 @@ def test_list(capsys):
 def test_options_of_compare_are_those_of_a_comparison():
     "Names and defaults, so that nothing which Python can say is missing from the command, and the other way round"
     has = vars(_parser().parse_args(['compare']))
-    has.pop('command')
+    assert (has.pop('command'), has.pop('threads')) == ('compare', None)
     fields = {k: f.default for k, f in Comparison.__dataclass_fields__.items() if f.init and k != 'rows'}
     assert has == fields
 
@@ -76,11 +77,69 @@ def test_values():
     assert setting('delimiter= ') == ('delimiter', ' ')
 
 
+def test_names_that_are_known_without_loading_anything_are_those_of_the_rooms():
+    assert set(cli.EMBEDDED) == set(SOURCES) and set(cli.PARTS) == {'ce', *methods.SMOOTH, *methods.MIXERS}
+
+
+@pytest.mark.parametrize('args, words', [
+    (['mnist'], "Unknown data set 'mnist': use one of digits"), (['--eps', '2'], 'eps must lie in [0, 1], but got 2.0'), (['--eps', '.1,-1'], 'got -1.0'),
+    (['--noise', '1'], 'noise must lie in [0, 1), but got 1.0'), (['--methods', 'ce,magic'], "Unknown method 'magic'"),
+    (['--seeds', '0'], 'seeds must be at least 1'),
+    (['--valid-pct', '1'], 'valid_pct must lie between 0 and 1'), (['--lr', '0'], 'lr must be above 0'), (['--threads', '0'], '--threads must be at least 1')])
+def test_compare_refuses_at_once(args, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('fastai_smooth.compare.Comparison', None) # nobody asks for it
+    assert main(['compare', *args]) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_stopped_and_gone_on(tmp_path, capsys, monkeypatch):
+    "Ctrl-C says how to go on; the folder knows the arguments; another one is refused with both values"
+    out = tmp_path/'a run'
+    args = ['train', 'tabular', '--table', 'iris', '--layers', '10', '--epochs', '2', '--out', str(out)]
+    def stopped(self): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(training._Training, 'finish', stopped)
+        assert main(args) == 130
+    said = capsys.readouterr()
+    assert said.err.strip() == f"Stopped. Continue with: fastai-smooth train --out '{out}' --resume"
+    assert 'iris' not in said.out.splitlines()[0] and '120 examples for training' in said.out and f'results in {out}' in said.out
+    again = ['train', '--out', str(out), '--resume']
+    assert main([*again, '--epochs', '3']) == 2 and 'epochs=2 (here 3)' in capsys.readouterr().err
+    assert main(again) == 0
+    assert json.loads((out/'summary.json').read_text())['settings']['layers'] == [10]
+    assert main(['compare', '--out', str(out), '--resume']) == 2 and 'no run that this command can go on with' in capsys.readouterr().err
+    assert main(['train', '--out', str(tmp_path/'none'), '--resume']) == 2
+
+
+@pytest.mark.slow
+def test_compare_goes_on_with_the_arguments_that_were_typed(tmp_path, capsys, monkeypatch):
+    out = tmp_path/'run'
+    def stopped(self): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(Comparison, 'summary', stopped)
+        assert main(['compare', 'iris', '--methods', 'ce,ls', '--eps', '.1,.3', '--seeds', '2', '--epochs', '1', '--bs', '16', '--out', str(out)]) == 130
+    assert f'Continue with: fastai-smooth compare --out {out} --resume' in capsys.readouterr().err
+    assert main(['compare', '--out', str(out), '--resume', '--epochs', '2']) == 2 and 'epochs' in capsys.readouterr().err
+    assert main(['compare', '--out', str(out), '--resume']) == 0
+    s = json.loads((out/'summary.json').read_text())
+    assert set(s['methods']) == {'ce', 'ls@0.1', 'ls@0.3'} and s['seeds'] == 2 and s['data'] == 'iris'
+
+
+@pytest.mark.processes
+def test_doctor():
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'fastai_smooth.cli', 'doctor'], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert all(words in done.stdout for words in (f'fastai_smooth {__version__}', 'torch ', 'fastai ', 'threads', 'cpu: cpu, smoothed cross entropy by'))
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize('args, code, words', [
     (['--version'], 0, __version__), ([], 0, 'usage'), (['compare', '--help'], 0, '--seeds'), (['train', '--help'], 0, '--ignore'), (['list'], 0, 'finetune'),
     (['list', 'a1'], 0, 'Wightman'), (['train', 'digits', '--arch', 'x'], 2, "no setting 'arch'"), (['train', 'finetune', 'nowhere'], 2, 'nowhere'),
-    (['compare', '--seed', '3'], 2, 'unrecognized')])
+    (['compare', '--seed', '3'], 2, 'unrecognized'), (['compare', 'mnist'], 2, 'Unknown data set'),
+    (['compare', '--methods', 'magic'], 2, 'Unknown method')])
 def test_usage_and_refusals_import_neither_torch_nor_fastai(args, code, words):
     script = ("import sys; from fastai_smooth.cli import main\ntry: code = main(sys.argv[1:])\nexcept SystemExit as e: code = e.code\n"
               "assert not {'torch', 'fastai', 'numpy', 'timm'} & set(sys.modules); sys.exit(code)")

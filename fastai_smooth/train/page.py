@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ..calibration import CalibrationInterpretation
 from ..compare import STYLES, pictures, render, shorten, show_image
 
-# %% ../../nbs/85_train.page.ipynb #f8b5c3b4
+# %% ../../nbs/85_train.page.ipynb #c5a8b7a1
 def plot_both(predictions, after)->Figure:
     "Reliability as trained and after temperature, side by side"
     fig = Figure(figsize=(8, 4), layout='constrained')

@@ -7,7 +7,8 @@ from fastai.callback.schedule import fit_one_cycle  # noqa: F401
 from fastai.data.block import DataBlock, MultiCategoryBlock, RegressionBlock
 from fastai.data.transforms import get_image_files
 from fastai.learner import Learner, load_learner
-from fastai.losses import MSELossFlat
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.tabular.core import Categorify, FillMissing
 from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.learner import tabular_learner
@@ -15,10 +16,12 @@ from fastai.vision.data import ImageBlock, ImageDataLoaders
 from photos import write_digits, write_table
 from PIL import Image
 from sklearn.metrics import log_loss
+from users_files import write_masks
 
-from fastai_smooth.data import read_source, small_convnet
+from fastai_smooth.calibration import Predictions
+from fastai_smooth.data import mask_dls, read_source, small_convnet, small_segmenter
 from fastai_smooth.train import calibrate
-from fastai_smooth.train.exported import held_out_dl, read_learner
+from fastai_smooth.train.exported import calibrated, frequency_nll, held_out_dl, read_learner
 
 pytestmark = pytest.mark.filterwarnings('ignore:The temperature')
 
@@ -84,6 +87,68 @@ def test_a_table_of_numbers_and_words(tmp_path):
     assert found['as_trained']['nll'] == pytest.approx(log_loss(taste[200:], p.double()), rel=1e-4)
     frame[200:].drop(columns='size').to_csv(tmp_path/'less.csv', index=False)
     with pytest.raises(ValueError, match="no column 'size', which the learner reads"): calibrate(tmp_path/'l.pkl', tmp_path/'less.csv', tmp_path/'x.pkl')
+
+
+class Fixed(torch.nn.Module):
+    "The logits that it was made with, whatever it sees"
+    def __init__(self, z):
+        super().__init__()
+        self.z, self.scale = z, torch.nn.Parameter(torch.ones(()))
+    def forward(self, i): return self.scale*self.z[i]
+
+
+def learner_with(z, y):
+    dls = DataLoaders(*(TfmdDL(list(zip(range(len(y)), y.tolist())), bs=50, num_workers=0) for _ in range(2)))
+    dls.c = z.shape[1]
+    return Learner(dls, Fixed(z.float()), loss_func=CrossEntropyLossFlat())
+
+
+@pytest.mark.parametrize('kind, helps, learned', [('overconfident', True, True), ('calibrated', False, True), ('chance', None, False)])
+def test_a_temperature_is_kept_if_it_helps(kind, helps, learned):
+    "By the cross-fitted NLL; a network at chance is told from one that has learned"
+    rng = np.random.default_rng(0)
+    z = torch.tensor(rng.normal(0, 1.5, (400, 4)))
+    y = torch.tensor([rng.choice(4, p=row.softmax(0).numpy()) for row in z]) # calibrated by construction
+    if kind == 'chance': y = y[torch.randperm(400)]
+    learn = learner_with(3*z if kind == 'overconfident' else z, y)
+    with learn.no_bar(): new, before, after, notes = calibrated(learn)
+    nll = lambda p: -p.p.log()[range(400), y].mean().item()
+    assert nll(after) <= nll(before)
+    if helps: assert 2.5 < new.temperature < 3.5 and not notes
+    if helps is False: assert new is learn and new.temperature == 1. and 'No temperature helps' in notes[0]
+    assert any('Nothing was learned' in note for note in notes) != learned
+
+
+def test_the_nll_of_the_frequencies():
+    y = torch.tensor([0, 0, 0, 1])
+    p = Predictions.of(torch.zeros(4, 2), y, CrossEntropyLossFlat())
+    assert frequency_nll(p) == pytest.approx(-(.75*np.log(.75)+.25*np.log(.25)))
+
+
+def test_masks_are_read_as_the_learner_reads_them(tmp_path):
+    write_masks(tmp_path/'masks', 30)
+    dls = mask_dls(tmp_path/'masks', dict(size=24, ignore=255, valid_pct=.2, seed=1, bs=8))
+    learn = exported(dls, tmp_path/'l.pkl', small_segmenter(3, 11), 0, loss_func=CrossEntropyLossFlat(axis=1))
+    found = calibrate(tmp_path/'l.pkl', tmp_path/'masks', tmp_path/'c.pkl', ignore=255)
+    right, total = 0, 0
+    for image, mask in zip(sorted((tmp_path/'masks'/'images').glob('*')), sorted((tmp_path/'masks'/'labels').glob('*'))):
+        x, y = torch.tensor(np.asarray(Image.open(image).convert('RGB'))).permute(2, 0, 1)[None]/255, torch.tensor(np.asarray(Image.open(mask)).astype(int))
+        with torch.no_grad(): z = learn.model.eval()(x)[0].argmax(0)
+        right, total = right+((z == y) & (y != 255)).sum().item(), total+(y != 255).sum().item()
+    assert found['as_trained']['accuracy'] == pytest.approx(right/total, abs=1e-3)
+    with pytest.raises(ValueError, match='The learner reads masks, but .*/more holds images'):
+        write_digits(tmp_path/'more', 20)
+        calibrate(tmp_path/'l.pkl', tmp_path/'more', tmp_path/'x.pkl')
+
+
+def test_a_frame_as_in_training(photos, learner_file, tmp_path):
+    learn = exported(from_df(photos), tmp_path/'l.pkl', epochs=0)
+    frame = pd.DataFrame(dict(name=[f.relative_to(photos).as_posix() for f in sorted((photos/'more').rglob('*.png'))]))
+    frame['label'] = frame.name.str.split('/').str[1]
+    found = calibrate(tmp_path/'l.pkl', frame, tmp_path/'c.pkl')
+    with learn.no_bar(): p, y = learn.get_preds(dl=learn.dls.test_dl(frame, with_labels=True))
+    assert found['as_trained']['nll'] == pytest.approx(log_loss(y, p.double(), labels=range(10)), rel=1e-4)
+    with pytest.raises(ValueError, match='does not read a DataFrame with the columns name, label'): calibrate(learner_file, frame, tmp_path/'x.pkl')
 
 
 @pytest.fixture(scope='module')

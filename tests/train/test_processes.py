@@ -14,9 +14,10 @@ from fastai.callback.mixup import MixUp
 from fastai.learner import load_learner
 
 from fastai_smooth.cli import main
-from fastai_smooth.train import recipe, register
+from fastai_smooth.random_state import random_state
+from fastai_smooth.train import processes, recipe, register
+from fastai_smooth.train.processes import choose_threads
 
-pytestmark = [pytest.mark.slow, pytest.mark.processes]
 # --multi_gpu stands for torch's launcher, which starts two processes without a GPU as well; --cpu alone starts one
 LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
           '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
@@ -66,6 +67,8 @@ def command(tmp_path_factory):
     return out, launch('-m', 'fastai_smooth.cli', 'train', 'digits', '--epochs', 2, '--out', out)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_print_and_write_once(command):
     out, done = command
     assert done.returncode == 0, done.stderr[-3000:]
@@ -76,6 +79,8 @@ def test_two_processes_print_and_write_once(command):
     assert not done.stderr.strip()
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_figures_of_two_processes_are_those_of_one_with_the_same_weights(command):
     out, _ = command
     s, rows = json.loads((out/'summary.json').read_text()), list(csv.DictReader((out/'metrics.csv').open()))
@@ -92,6 +97,8 @@ def test_figures_of_two_processes_are_those_of_one_with_the_same_weights(command
     assert -p[range(len(y)), y].log().mean().item() <= s['after_temperature']['nll']+1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_both_have_the_same_weights_and_mix_in_their_own_way(tmp_path):
     done = launch(__file__, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -108,9 +115,30 @@ def test_both_have_the_same_weights_and_mix_in_their_own_way(tmp_path):
     assert not (tmp_path/'none').exists()
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_an_unknown_recipe_stops_all_with_one_line():
     done = launch('-m', 'fastai_smooth.cli', 'train', 'resnet')
     assert done.returncode and len(said(done)) == 1 and 'there are pets' in said(done)[0] and not done.stdout.strip()
+
+
+@pytest.mark.parametrize('faster', [1, 4])
+def test_threads_are_chosen_by_time_and_draw_nothing(faster, monkeypatch):
+    "The clock is a stand-in; what a training draws afterwards is as if nothing had been timed"
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    learn = recipe('digits').learner()
+    before = [p.clone() for p in learn.model.state_dict().values()]
+    drawn = random_state(learn.dls.loaders)
+    set_to = []
+    monkeypatch.setattr(processes, 'seconds', lambda model, xb, n: abs(n-faster))
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+    monkeypatch.setattr(torch, 'set_num_threads', set_to.append)
+    assert choose_threads(learn) == faster and set_to == [faster]
+    after = random_state(learn.dls.loaders)
+    assert torch.equal(drawn['torch'], after['torch']) and drawn['python'] == after['python'] and drawn['loaders'] == after['loaders']
+    assert all(torch.equal(a, b) for a, b in zip(before, learn.model.state_dict().values()))
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    assert choose_threads(learn) == 4 and set_to == [faster], "somebody has said how many"
 
 
 if __name__ == '__main__': worker(*sys.argv[1:])

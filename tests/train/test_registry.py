@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastai_smooth.train import recipe, recipes, register
-from fastai_smooth.train.registry import Recipe, checked
+from fastai_smooth.train.registry import Recipe, checked, with_batches
 
 SETTINGS = dict(eps=.1, epochs=4, lr=1e-3, valid_pct=.2, calibrate=True, arch='resnet34', weights=None, layers=(200, 100))
 
@@ -50,3 +50,25 @@ def test_functions_by_name_are_imported_when_they_are_called(mine):
     r = recipe(mine)
     assert isinstance(r, Recipe) and r.make_learner(2, 3) == 3
     with pytest.raises(ModuleNotFoundError, match='no_such_module'): r.dls()
+
+
+def data_of(n, s):
+    return SimpleNamespace(train_ds=range(n), loaders=[SimpleNamespace(bs=s['bs']), SimpleNamespace(bs=2*s['bs'])])
+
+
+@pytest.mark.parametrize('n, bs', [(40, 5), (1000, 64), (3, 2), (12, 2)])
+def test_the_batch_size_shrinks_with_the_data(n, bs):
+    dls = with_batches(lambda s: data_of(n, s), dict(bs=64), shrink=True)
+    assert [dl.bs for dl in dls.loaders] == [bs, 2*bs]
+
+
+def test_a_batch_size_that_was_asked_for_is_refused_if_the_data_cannot_fill_it():
+    with pytest.raises(ValueError, match='bs=64 is more than the 40 training examples'): with_batches(lambda s: data_of(40, s), dict(bs=64))
+    assert with_batches(lambda s: data_of(40, s), dict(bs=40)).loaders[0].bs == 40
+    with pytest.raises(ValueError, match='bs=100000 is more than the 1437'): recipe('digits').learner(bs=100_000)
+
+
+def test_settings_that_nobody_reads_are_refused():
+    for changes in (dict(delimiter=','), dict(skip_broken=True)):
+        with pytest.raises(ValueError, match=f'{next(iter(changes))} is for data of your own'): recipe('multilabel').dls(**changes)
+    with pytest.raises(ValueError, match='table names data that the recipe has itself'): recipe('tabular').dls('rows.csv', table='iris')

@@ -10,13 +10,13 @@ import time
 import pytest
 import torch
 from fastai.learner import load_learner
-from photos import QUICK_ARGS, write_digits
+from photos import QUICK, QUICK_ARGS, write_digits
 from PIL import Image
 from sklearn.metrics import log_loss
 
 from fastai_smooth.cli import main
 from fastai_smooth.data import digits
-from fastai_smooth.train import recipe, train
+from fastai_smooth.train import recipe, train, training
 from fastai_smooth.train.page import plot_history
 from fastai_smooth.train.training import fingerprint_of
 
@@ -111,6 +111,29 @@ def test_other_data_are_another_run_and_a_broken_image_is_named(tmp_path, capsys
     assert main([*args[:-1], str(tmp_path/'other')]) == 2
     err = capsys.readouterr().err.strip()
     assert photo.name in err and len(err.splitlines()) == 1 and not (tmp_path/'other').exists()
+
+
+@pytest.mark.slow
+def test_three_validation_images_are_scored_and_one_is_not(tmp_path):
+    "The learner is there whatever becomes of its figures"
+    write_digits(tmp_path/'photos', 40)
+    for n in (3, 1):
+        files = sorted((tmp_path/'photos').rglob('*.png'))
+        rows = [f'{f},{f.parent.name},{i < n}' for i, f in enumerate(files)]
+        (tmp_path/f'{n}.csv').write_text('\n'.join(['file,label,is_valid', *rows]))
+        with pytest.warns(UserWarning, match=f'only {n} examples, so {n} folds' if n > 1 else 'at least two held-out examples'):
+            s = train('finetune', tmp_path/f'{n}.csv', tmp_path/f'run{n}', **QUICK)
+        assert s['n_valid'] == n and visible(tmp_path/f'run{n}') == FILES and load_learner(tmp_path/f'run{n}'/'learner.pkl').temperature > 0
+    assert s['temperature'] == 1.
+
+
+@pytest.mark.slow
+def test_what_dies_after_the_training_leaves_the_learner(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'calibrated', lambda learn: 1/0)
+    with pytest.raises(ZeroDivisionError): train('tabular', out=tmp_path/'run', epochs=1, table='iris')
+    assert len(load_learner(tmp_path/'run'/'learner.pkl').dls.vocab) == 3 and not (tmp_path/'run'/'summary.json').exists()
+    monkeypatch.undo()
+    assert train('tabular', out=tmp_path/'run', resume=True, epochs=1, table='iris')['n_valid'] == 30, "nothing is trained again, and the rest is done"
 
 
 def test_fingerprints():
