@@ -43,8 +43,8 @@ class InUse(ValueError): "A folder that another run has claimed"
 def used(
     folder:Path # It need not exist
 )->bool: # Whether a run, or anybody, has left something in it
-    "Whether a folder holds more than a lock, half-written files and empty folders"
-    ours = lambda p: p.name == '.lock' or p.suffix == '.part' or p.is_dir() and not any(p.iterdir())
+    "Whether a folder holds more than hidden files, half-written ones and empty folders"
+    ours = lambda p: p.name.startswith('.') or p.suffix == '.part' or p.is_dir() and not any(p.iterdir())
     return folder.exists() and not all(map(ours, folder.iterdir()))
 
 def read_config(
@@ -68,7 +68,7 @@ def conflicts(
         elif then != v: found.append(f'{k}={then!r} (here {v!r})')
     return found
 
-# %% ../nbs/70_run_folder.ipynb #d2ba9a9d
+# %% ../nbs/70_run_folder.ipynb #16b7df05
 class RunFolder:
     "A folder that one run claims, and that the same run may resume. Any other use: ValueError that says what the folder holds"
     def __init__(self,

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -58,7 +59,7 @@ def pixels_of(learn, items, seed, shown):
                 if item in shown: masks[item] = z.argmax(0).numpy().astype(np.int16)
     return (*(np.concatenate(v) for v in (logits, labels, owners)),masks)
 
-# %% ../../nbs/77_compare.comparison.ipynb #b871e2d7
+# %% ../../nbs/77_compare.comparison.ipynb #04a42a99
 @dataclass
 class Trainings(Question):
     "The trainings that answer the question"
@@ -96,7 +97,7 @@ class Trainings(Question):
         res = dict(logits=logits, labels=labels, items=items, losses=losses)
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
-# %% ../../nbs/77_compare.comparison.ipynb #d9179e78
+# %% ../../nbs/77_compare.comparison.ipynb #38c119e6
 KEPT = 'logits', 'labels', 'items', 'losses'
 
 class StoredPredictions(Mapping):
@@ -118,7 +119,7 @@ def _here(settings, threads, fingerprint):
 
 def _train_here(comparison, method, seed): return _here(*comparison).train(method, seed)
 
-# %% ../../nbs/77_compare.comparison.ipynb #fc909fb9
+# %% ../../nbs/77_compare.comparison.ipynb #a02c9db2
 @dataclass
 class Comparison(Trainings):
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"
@@ -149,10 +150,8 @@ class Comparison(Trainings):
         return summary
 
     def _earlier_looks(self):
-        "How many seeds the earlier verdicts on these runs had, and from here on what else it takes to resume them"
-        if self.out is None: return []
-        self._folder.note(methods=self.methods, seeds=self.seeds)
-        return [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
+        "How many seeds the earlier verdicts on these runs had"
+        return [] if self.out is None else [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
 
     def _results(self, runs):
         "The results of all runs, in order: those that are there already, and the others as they are done"
@@ -163,7 +162,10 @@ class Comparison(Trainings):
         missing = [run for run in runs if self._stored(*run) is None]
         task = joblib.delayed(_train_here)
         trained = joblib.Parallel(self.jobs, return_as='generator')(task((settings, self.threads, self.fingerprint), *run) for run in missing)
-        for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
+        try:
+            for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
+        except BrokenProcessPool: # joblib's errors of killed processes are of this kind
+            raise ChildProcessError("A process of the comparison was killed, perhaps because the memory was full: resume it, with fewer jobs.") from None
 
     def _file(self, method, seed): return self.out/'predictions'/f'{method}-{seed}.npz'
 

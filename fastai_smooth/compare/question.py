@@ -7,11 +7,10 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.question.html.md"""
 # %% auto #0
 __all__ = ['Question']
 
-# %% ../../nbs/76_compare.question.ipynb #7c5222bf
+# %% ../../nbs/76_compare.question.ipynb #ae780c74
 import itertools
-import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import joblib
@@ -21,7 +20,7 @@ import torch
 from .methods import each_method, parse_method, tree_of
 from .verdict import count
 from ..data import NETWORKS, network_for, read_source, transition_matrix
-from ..run_folder import RunFolder, read_config
+from ..run_folder import RunFolder
 
 # %% ../../nbs/76_compare.question.ipynb #d261de2b
 DEFAULT = ('ce', 'ls', 'mixup', 'mixup+ls')
@@ -174,19 +173,6 @@ class Question:
         if inside and RUNS not in self.out.resolve().relative_to(data.resolve()).parts:
             raise ValueError(f"{self.out} lies inside the data folder {data}, where its pictures would be read as images next time: name a folder elsewhere.")
         self._folder = RunFolder(self.out, self.config, self.resume)
-
-    @classmethod
-    def resumed(cls,
-        out, # Folder of a comparison
-        **arguments # What is given again; it must be as it was, apart from `methods`, `seeds` and `jobs`
-    ):
-        "The comparison that a folder holds, to go on with. An argument that differs: ValueError that names it with both values"
-        noted = read_config(out)
-        as_noted = lambda v: json.loads(json.dumps(v))
-        other = [f"{k}={noted[k]!r} (here {v!r})" for k, v in arguments.items() if k in noted and k not in ('methods', 'seeds') and as_noted(v) != noted[k]]
-        if other: raise ValueError(f"{out} holds another run, with {', '.join(other)}: resume it with the same arguments, or name another folder.")
-        known = {f.name for f in fields(cls)}-{'out', 'resume', 'rows'}
-        return cls(out=out, resume=True, **{**{k: v for k, v in noted.items() if k in known}, **arguments})
 
     def describe(self)->str: # A line for each thing
         "What was understood, before anything runs"
