@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.question.html.md"""
 # %% auto #0
 __all__ = ['Question']
 
-# %% ../../nbs/76_compare.question.ipynb #03ab425f
+# %% ../../nbs/76_compare.question.ipynb #067c4314
 import itertools
 import os
 from dataclasses import dataclass, field

@@ -2,12 +2,18 @@
 
 Figures of methods that do not differ are drawn (normal, lognormal, Student's t with 2 degrees of freedom, accuracies on a grid, a method that varies three
 times as much, one split for all seeds), written into rows as a comparison has them, and judged by the function that prints the verdict. A false claim is a
-verdict with "better" or "worse" in it. After each share stands its Monte-Carlo error. Then the same for methods that are looked at again with more seeds."""
+verdict with "better" or "worse" in it. After each share stands its Monte-Carlo error. Then the same for methods that are looked at again with more seeds.
+
+With a folder instead, that of a finished comparison of many seeds, it draws 3, 5, ... of them again and again and prints how often each method is found to
+be better: python tests/benchmarks/verdict.py FOLDER"""
 import sys
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from fastai_smooth.compare import Evidence, verdict
+from fastai_smooth.compare.scores import score_all
 
 N_TRAIN, N_VALID = 1437, 360
 
@@ -66,4 +72,22 @@ def main(draws):
     show('4 methods, looked at with 3, 5 and 10 seeds', [looks(rng, 4) for _ in range(draws)])
 
 
-if __name__ == '__main__': main(int(sys.argv[1]) if len(sys.argv) > 1 else 2000)
+def power(folder, draws=300):
+    rng, runs, examples = np.random.default_rng(0), pd.read_csv(Path(folder)/'runs.csv').to_dict('records'), {}
+    for r in runs:
+        with np.load(Path(folder)/'predictions'/f"{r['method']}-{r['seed']}.npz") as f: figures, examples[r['method'], r['seed']] = score_all(**f)
+    n_valid, seeds = len(next(iter(examples.values()))['nll_ts']), sorted({r['seed'] for r in runs})
+    for k in (3, 5, 7, 10):
+        if k >= len(seeds): break
+        found = []
+        for _ in range(draws):
+            some = rng.choice(seeds, k, replace=False).tolist()
+            e = Evidence([r for s in some for r in runs if r['seed'] == s], 0., examples, 4*n_valid, n_valid)
+            found.append({m: d['nll_ts'].sign > 0 for m, d in e.differences().items()})
+        for m in found[0]: show(f'{k} of {len(seeds)} seeds: {m} better', [f[m] for f in found])
+
+
+if __name__ == '__main__':
+    what = sys.argv[1] if len(sys.argv) > 1 else '2000'
+    if what.isdigit(): main(int(what))
+    else: power(what)
