@@ -33,6 +33,7 @@ def run(tmp_path_factory):
     return out, subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_files_and_figures(run):
     out, printed = run
@@ -59,6 +60,7 @@ def test_files_and_figures(run):
     assert read_config(out)['looks'] == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_second_look_is_counted_and_said(run, tmp_path):
     out = tmp_path/'run'
@@ -178,6 +180,7 @@ def test_a_run_that_came_first_keeps_its_folder(tmp_path):
     assert (tmp_path/'run'/'config.json').read_text() == noted
 
 
+@pytest.mark.slow
 def test_resume_after_a_stop(tmp_path, monkeypatch):
     "Finished runs are kept, a damaged file is done again, and the figures are those of one go"
     make = lambda out=None, resume=False: Comparison('iris', ('ce', 'ls'), epochs=1, seeds=2, out=out, resume=resume)
@@ -198,6 +201,7 @@ def test_resume_after_a_stop(tmp_path, monkeypatch):
     assert trained == [('ce', 0), ('ce', 1), ('ls', 1)] and json.loads((out/'summary.json').read_text()) == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
     keep, kept = Comparison._keep, []
 

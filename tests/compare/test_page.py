@@ -12,6 +12,7 @@ from users_files import write_digits
 from fastai_smooth.compare import Comparison
 from fastai_smooth.compare.pictures import plot_confidence, plot_differences, plot_errors, plot_losses, plot_reliability, plot_risk, plot_targets
 
+pytestmark = pytest.mark.slow
 BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 SECTIONS = ['Figures', 'At a glance', 'By strength', 'Reliability', 'Confidence', 'Which answers to doubt', 'Training', 'What the loss sees',
             'Sure, and wrong', 'Again']
