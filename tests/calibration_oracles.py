@@ -162,7 +162,7 @@ def best_sigmoids(z, y):
         if not positives*negatives: res.append(shared)
         else:
             precision = 1 + SHRINKAGE*(1/positives + 1/negatives)
-            res.append(optimum(lambda t: nll(t, z[:, k], y[:, k]) + precision*np.log(t/shared)**2/2))
+            res.append(optimum(lambda t, k=k, precision=precision: nll(t, z[:, k], y[:, k]) + precision*np.log(t/shared)**2/2))
     return res
 
 

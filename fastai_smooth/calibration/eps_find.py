@@ -10,6 +10,7 @@ __all__ = ['SuggestedEps']
 # %% ../../nbs/65_calibration.eps_find.ipynb #815bc99d
 import copy
 import random
+import warnings
 from collections import namedtuple
 from numbers import Integral, Real
 
@@ -29,8 +30,9 @@ from torch import nn
 from ..distributions import Distribution
 from ..losses import MultiTargetLoss
 from ..callback import LabelSmoothing
-from .predictions import DEFAULT, Collect, Predictions, beside, copied_model, is_watching, users_loss
-from .temperature import cross_fit, folds_of
+from .predictions import DEFAULT, Collect, Predictions, beside, copied_model, is_watching, kept_modes, users_loss
+from .metrics import confidence_of, decision_of, nll_of
+from .temperature import cross_fit, folds_of, most_probable
 
 # %% ../../nbs/65_calibration.eps_find.ipynb #9daa19d9
 class _Randomness:
@@ -73,11 +75,6 @@ def frozen_part(model):
     n = next((i for i, c in enumerate(children) if is_trained(c)), 0)
     return n if any(True for c in children[:n] for _ in c.parameters()) else 0
 
-def device_randomness(device): return torch.get_rng_state(),torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
-def restore_device(state, device):
-    torch.set_rng_state(state[0])
-    if state[1] is not None: torch.cuda.set_rng_state(state[1], device)
-
 class _Heads(nn.Module):
     "A frozen body and several heads, each of which draws the same random numbers"
     def __init__(self, model, n_body, n_heads):
@@ -88,14 +85,13 @@ class _Heads(nn.Module):
 
     def forward(self, *xb):
         with torch.no_grad(): features = self.body(*xb)
-        device = next(self.heads.parameters()).device
-        state,out = device_randomness(device),[]
-        for head in self.heads:
-            restore_device(state, device)
-            out.append(head(features.clone())) # a head may work in place
+        device,out = next(self.heads.parameters()).device,[]
+        for i, head in enumerate(self.heads):
+            with torch.random.fork_rng([device] if device.type == 'cuda' else [], enabled=i < len(self.heads)-1): # alike for all, and used up once
+                out.append(head(features.clone())) # a head may work in place
         return out
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #17b9e0b5
+# %% ../../nbs/65_calibration.eps_find.ipynb #aedc5a28
 class _Strengths(LabelSmoothing):
     "Label smoothing of several heads, each with its own strength"
     def __init__(self, strengths, dist, **settings):
@@ -124,7 +120,7 @@ class _CollectHeads(Callback):
         for cb, pred in zip(self.each, self.learn.pred): cb.keep(pred, self.learn.y)
         self.learn.pred = self.learn.pred[0] # what the loss and the metrics of the validation can take
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #2ae207be
+# %% ../../nbs/65_calibration.eps_find.ipynb #6376bf54
 STEPS = 'after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step'.split()
 MOST_NUMBERS = 2**27 # rows times classes that are kept, over all strengths
 
@@ -171,7 +167,7 @@ def check_arguments(learn, eps, dist, metric, n_epoch, folds):
     if not len(learn.dls.train): raise ValueError("The training set is smaller than a batch: use a smaller batch size.")
     return strengths
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #f6ebb17c
+# %% ../../nbs/65_calibration.eps_find.ipynb #aafba66c
 class _Advance(Callback):
     "Moves a progress bar on"
     order = 60
@@ -232,46 +228,112 @@ def train_each(
         if bar is not None: bar.on_iter_end()
     return collected
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #000b1843
+# %% ../../nbs/65_calibration.eps_find.ipynb #45bee5eb
 SCORES = 'accuracy','nll','ece','nll_ts','ece_ts'
 INTERVALS = [f'{n}_{end}' for n in SCORES for end in ('low', 'high')]
+N_BINS = 15
 
-def row_of(predictions, folds):
+def contributions(
+    predictions:Predictions, # Of one strength, after temperature where the metric says so
+    metric:str, # One of `SCORES`
+)->np.ndarray: # (N, 1), or (N, 15) for calibration errors
+    "What each example adds to a figure, of which less is better"
+    numbers,rows = predictions.example.unique(return_inverse=True)
+    ece = 'ece' in metric
+    values,weight = confidence_of(predictions) if ece else decision_of(predictions) if metric == 'accuracy' else nll_of(predictions)
+    if ece: values,known,bins = (values-weight).nan_to_num(0.),~weight.isnan(),(values*N_BINS).long().clamp(max=N_BINS-1)
+    elif metric == 'accuracy': values,known = (1-weight).nan_to_num(0.),~weight.isnan()
+    else: values,known = values*weight,weight
+    if not ece: bins = torch.zeros(values.shape, dtype=torch.int64)
+    width = N_BINS if ece else 1
+    place = rows.view(-1, *[1]*(values.ndim-1))*width + bins
+    sums = torch.zeros(len(numbers)*width, dtype=torch.float64).index_add_(0, place.flatten(), values.flatten())
+    return (sums.view(len(numbers), width)/known.double().sum()*len(numbers)).numpy()
+
+def beats_zero(
+    each:dict, # Strength: contributions of the examples; 0 must be there
+    draws:int=999, # Of swaps
+    seed:int=0, # Of the draws
+)->tuple: # {strength: p-value, corrected for the number of strengths}, {strength: standard error of its difference from 0}
+    "Test each strength against 0, by swaps of examples, against the largest difference over all strengths"
+    others,zero = [e for e in each if e != 0],each[0.]
+    figure = lambda sums: np.abs(sums).sum(-1)/len(zero) if zero.shape[1] > 1 else sums[...,0]/len(zero)
+    def gains(swap): # by how much each strength is better than 0, (draws, strengths)
+        kept = [(swap @ (zero-each[e]), each[e].sum(0), zero.sum(0)) for e in others]
+        return np.stack([figure(b-d)-figure(a+d) for d, a, b in kept], -1)
+    rng = np.random.default_rng(seed)
+    size = max(2**24//len(zero), 1)
+    drawn = np.concatenate([gains(rng.integers(0, 2, (min(size, draws-i), len(zero))).astype(float)) for i in range(0, draws, size)])
+    error = np.maximum(drawn.std(0), 1e-12)
+    own,largest = gains(np.zeros((1, len(zero))))[0],(drawn/error).max(1)
+    p = {e: (1+(largest >= t-1e-9).sum())/(draws+1) for e, t in zip(others, own/error)}
+    return p,dict(zip(others, np.sqrt(np.maximum(error**2-own**2/len(zero), 1e-24)))) # swaps also spread by what is no chance
+
+# %% ../../nbs/65_calibration.eps_find.ipynb #43d4c043
+def row_of(predictions, after, temperatures, folds):
     "Figures as trained and after temperature, with intervals over the folds"
-    after,temperatures = cross_fit(predictions, folds)
-    row = predictions.figures(SCORES[:3])
-    row.update({f'{k}_ts': v for k, v in after.figures(SCORES[1:3]).items()})
-    parts = [{**predictions[f].figures(SCORES[:3]), **{f'{k}_ts': v for k, v in after[f].figures(SCORES[1:3]).items()}} for f in folds_of(predictions, folds)]
+    both = lambda a, b: a.figures(SCORES[:3]) | {f'{k}_ts': v for k, v in b.figures(SCORES[1:3]).items()}
+    row,parts = both(predictions, after),[both(predictions[f], after[f]) for f in folds_of(predictions, folds)]
     for name in SCORES:
-        half = student_t.ppf(.975, folds-1)*np.std([p[name] for p in parts], ddof=1)/folds**.5
+        half = student_t.ppf(.975, len(parts)-1)*np.std([p[name] for p in parts], ddof=1)/len(parts)**.5
         row[f'{name}_low'],row[f'{name}_high'] = max(row[name]-half, 0.),row[name]+half if 'nll' in name else min(row[name]+half, 1.)
     row['temperature'] = float(np.mean([torch.as_tensor(t).mean().item() for t in temperatures]))
-    return row,parts
+    return row
 
-def verdict(found, parts, metric):
-    "What there is to say about a suggestion"
-    if 0. not in parts or found.best not in parts: return None
-    if found.best == 0: return f"no eps beats 0: by {metric}, smoothing does not help here."
-    gaps = [p[metric]-q[metric] for p, q in zip(parts[found.best], parts[0.])]
-    mean,half = np.mean(gaps),student_t.ppf(.975, len(gaps)-1)*np.std(gaps, ddof=1)/len(gaps)**.5
-    if abs(mean) > half: return None
-    return f"eps={found.best:g} is the best by {metric}, but the folds do not agree that it beats 0 ({mean:+.4f} ± {half:.4f})."
+def recommend(
+    best:float, # The best strength
+    scores:dict, # Strength: its figure, less is better
+    each:dict, # Strength: contributions of the examples
+    metric:str, # What decides
+)->tuple: # The recommended strength, and the sentence that says so
+    "The smallest strength within one standard error of the best that beats 0; else 0"
+    if 0. not in each: return best,f"eps={best:g} is the best by {metric}; 0 is not among the strengths, so whether smoothing helps is open."
+    if len(each) < 2: return 0.,None
+    p,error = beats_zero(each)
+    n,zero = len(p),scores[0.]
+    better = [e for e in p if p[e] <= .05 and scores[e] < zero]
+    if not better:
+        if best == 0: return 0.,f"no eps beats 0: by {metric}, smoothing does not help here. Recommended: 0."
+        return 0.,(f"The best by {metric} is eps={best:g}, but no eps beats 0 by more than chance (by {zero-scores[best]:.4f}, p = {p[best]:.2f} corrected for "
+                   f"{n} strength{'s' if n > 1 else ''}). Recommended: 0.")
+    chosen = min(e for e in better if scores[e] <= min(scores[b] for b in better) + error[e])
+    return chosen,(f"The best by {metric} is eps={best:g}. Recommended: {chosen:g}, the least within one standard error of it that beats 0 (by "
+                   f"{zero-scores[chosen]:.4f}, p = {p[chosen]:.3f} corrected for {n} strength{'s' if n > 1 else ''}).")
 
-# %% ../../nbs/65_calibration.eps_find.ipynb #c1daf6b3
+# %% ../../nbs/65_calibration.eps_find.ipynb #e2297781
 class SuggestedEps(namedtuple('SuggestedEps', 'best table')):
-    "What `Learner.eps_find` returns: the best strength, and a row of figures for each"
+    "What `Learner.eps_find` returns: the best strength, and a row of figures for each. `recommended` is the strength to use, which may be 0"
+    recommended = None
     def plot(self,
         axs=None # Three axes to draw in
     ): # The axes
-        "Accuracy, and NLL and ECE after temperature, against the strength, with 95% intervals; the suggestion is filled"
+        "Accuracy, and NLL and ECE after temperature, against the strength, with 95% intervals; the recommended strength is filled"
         if axs is None: axs = plt.subplots(1, 3, figsize=(10, 2.8), layout='constrained')[1]
         for ax, name in zip(axs, ('accuracy', 'nll_ts', 'ece_ts')):
             v,low,high = (self.table[f'{name}{end}'] for end in ('', '_low', '_high'))
             ax.errorbar(self.table.eps, v, [v-low, high-v], color='.4', marker='o', mfc='w', mec='k', capsize=2, lw=1)
-            chosen = self.table.eps == self.best
+            chosen = self.table.eps == (self.best if self.recommended is None else self.recommended)
             ax.plot(self.table.eps[chosen], v[chosen], 'ko', ms=8, zorder=5)
             ax.set(xlabel=r'$\varepsilon$', title=name.replace('nll_ts', 'NLL after temperature').replace('ece_ts', 'ECE after temperature'))
         return axs
+
+# %% ../../nbs/65_calibration.eps_find.ipynb #ce351bd9
+EPOCHS_FROM_NOTHING = 6
+
+def is_untrained(learn, act):
+    "Whether predictions before the trainings say hardly more than how frequent the classes are"
+    new,cb = beside(learn, learn.model),Collect(act, MOST_NUMBERS)
+    randomness = _Randomness(learn.dls)
+    try:
+        with kept_modes(learn.model): new.validate(cbs=[cb])
+    finally: randomness.restore()
+    rows = cb.all_rows()
+    if rows.broken().any(): return False
+    predictions = Predictions.of_rows(rows)
+    share = predictions.q.nanmean(0)
+    entropy = torch.special.entr(share) + (torch.special.entr(1-share) if predictions.binary else 0.)
+    nll = predictions.scaled(most_probable(predictions)).figures(['nll'])['nll']
+    return nll > .95*(entropy.nanmean() if predictions.binary else entropy.sum()).item()
 
 # %% ../../nbs/65_calibration.eps_find.ipynb #cb2a28b6
 @patch
@@ -283,20 +345,32 @@ def eps_find(self:Learner,
     show_plot:bool=True, # Whether to draw the figures
     folds:int=5, # Of the validation set: each is scored after the temperature of the others
     act=None, # Activation of the predictions, if the loss does not say it
-)->SuggestedEps: # best, table: a DataFrame with eps, accuracy, nll, ece, nll_ts, ece_ts, each with _low and _high, and temperature
+)->SuggestedEps: # best, table: a DataFrame with eps, accuracy, nll, ece, nll_ts, ece_ts, each with _low and _high, and temperature; `.recommended`
     "Find how much to smooth: train briefly with each strength from the present weights, at `learn.lr`, and compare. The learner stays as it was"
     strengths = check_arguments(self, eps, dist, metric, n_epoch, folds)
-    rows,parts = [],{}
+    untrained = n_epoch < EPOCHS_FROM_NOTHING and not frozen_part(self.model) and is_untrained(self, act)
+    rows,each,said = [],{},{}
     for e, collect in zip(strengths, train_each(self, strengths, dist, n_epoch, act)):
         found = collect.all_rows()
         if found.broken().any(): row = dict.fromkeys([*SCORES, *INTERVALS, 'temperature'], np.nan) # a training that diverged says nothing about the others
-        else: row,parts[e] = row_of(Predictions.of_rows(found), folds)
+        else:
+            predictions = Predictions.of_rows(found)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter('always')
+                after,temperatures = cross_fit(predictions, folds)
+            for w in told: said[f'{e:g}'] = str(w.message)
+            row = row_of(predictions, after, temperatures, folds)
+            each[e] = contributions(after if metric.endswith('_ts') else predictions, metric)
         rows.append({'eps': e, **row})
     table = pd.DataFrame(rows)[['eps', *SCORES, 'temperature', *INTERVALS]]
     if table[metric].isna().all(): raise ValueError("The predictions are nan with every eps: the learning rate may be too high.")
-    values = -table[metric] if metric == 'accuracy' else table[metric]
+    values = 1-table[metric] if metric == 'accuracy' else table[metric]
     found = SuggestedEps(float(table.eps[values.idxmin()]), table)
-    said = verdict(found, parts, metric)
-    if said: print(said)
+    found.recommended,sentence = recommend(found.best, dict(zip(strengths, values)), each, metric)
+    if said: print(f"With eps={', '.join(said)}: {next(iter(said.values()))}")
+    if sentence: print(sentence)
+    if untrained:
+        warnings.warn(f"This network was no better than chance before, and n_epoch={n_epoch}: so short a training from random weights hardly tells the "
+                      f"strengths apart. Train it first, or use n_epoch={EPOCHS_FROM_NOTHING} or more.")
     if show_plot: found.plot()
     return found

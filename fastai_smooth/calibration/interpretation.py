@@ -19,8 +19,8 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 
 from .predictions import Predictions, beside, gather, kept_modes
-from .metrics import AURC, ECE, confidence_of, decision_of, where_known
-from .intervals import intervals, wilson
+from .metrics import AURC, ECE, SmoothECE, confidence_of, decision_of, where_known
+from .intervals import calibrated_error, drawn_right, intervals, wilson
 from .temperature import cross_fit, fit_temperature
 
 # %% ../../nbs/64_calibration.interpretation.ipynb #1a204139
@@ -51,11 +51,12 @@ class _Figures:
     def __repr__(self): return f'CalibrationInterpretation({self.predictions!r})'
 
     def metrics(self,
-        n_boot:int=200, # Bootstrap samples of the examples, for the intervals
+        n_boot:int=400, # Bootstrap samples of the examples, for the intervals
         seed:int=0, # Of the samples
-    )->pd.Series: # accuracy, nll, ece, adaptive_ece, classwise_ece, mce, brier, aurc, each followed by `_low` and `_high`
-        "All figures with 95% bootstrap intervals"
-        return pd.Series(intervals(self.predictions, n_boot=n_boot, seed=seed))
+    )->pd.Series: # accuracy, nll, ece, adaptive_ece, classwise_ece, mce, brier, aurc, each followed by `_low` and `_high`, and `ece_floor`, ...
+        "All figures with 95% bootstrap intervals, and the calibration errors that a calibrated model would show"
+        floors = calibrated_error(self.predictions, seed=seed)
+        return pd.Series(intervals(self.predictions, n_boot=n_boot, seed=seed) | {f'{name}_floor': v for name, v in floors.items()})
 
     def temperature(self)->float|Tensor: # One per label, (K,), for several labels
         "The temperature that fits these data best"
@@ -79,9 +80,7 @@ class _Figures:
         if not self.predictions.binary: kinds['normalised logit'] = AURC('logit_norm', p)
         res = {}
         for name, metric in kinds.items():
-            metric.reset()
-            metric.add(self.predictions)
-            res[name] = metric.value,metric.risks().numpy()
+            res[name] = metric.of(*metric.parts(self.predictions)),metric.risks().numpy()
         return res
 
 # %% ../../nbs/64_calibration.interpretation.ipynb #919cf16b
@@ -98,8 +97,7 @@ class _Pictures(_Figures):
     ): # The axes
         "How often predictions of each confidence are right: bars with 95% intervals, the gap to the confidence hatched, and how many there are"
         metric = ECE(n_bins)
-        metric.reset()
-        metric.add(self.predictions)
+        metric.of(*metric.parts(self.predictions))
         n,confidence,right = (v[0].numpy() for v in (metric.counts, metric.confidence, metric.correct))
         there = n > 0
         n,confidence,right = n[there],confidence[there]/n[there],right[there]/n[there]
@@ -114,7 +112,34 @@ class _Pictures(_Figures):
         several = self.predictions.binary
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='probability' if several else 'confidence', ylabel='share of positives' if several else 'accuracy')
         ax.legend(loc='upper left', edgecolor='none', framealpha=.85, fontsize=8)
-        ax.text(.97, .03, f'ECE {metric.value:.3f}', transform=ax.transAxes, ha='right', bbox=dict(fc='w', ec='none', alpha=.8))
+        floor = calibrated_error(self.predictions, ['ece'], n_bins=n_bins)['ece']
+        ax.text(.97, .03, f'ECE {metric.value:.3f}\n{floor:.3f} if calibrated', transform=ax.transAxes, ha='right', bbox=dict(fc='w', ec='none', alpha=.8))
+        return ax
+
+    def plot_smooth(self,
+        ax=None, # Axes to draw in
+    ): # The axes
+        "How often predictions of each confidence are right, without bins, the band that 95% of calibrated models would keep to, and the density below"
+        metric,at,g = SmoothECE(),np.linspace(0, 1, 401),torch.Generator().manual_seed(0)
+        p,right = metric.parts(self.predictions)
+        value = metric.of(p, right)
+        sigma = metric.width()
+        share,density = metric.curve(at, sigma)
+        curves = []
+        for _ in range(100):
+            metric.of(p, drawn_right(p, right, g))
+            curves.append(metric.curve(at, sigma)[0])
+        there = density > 1e-3*density.max()
+        ax = axes(ax)
+        low,high = np.quantile(curves, [.025, .975], 0)
+        ax.fill_between(at[there], low[there], high[there], color='.85', lw=0, label='if calibrated')
+        ax.fill_between(at, 0, .2*density/density.max(), color='.7', lw=0)
+        ax.plot([0, 1], [0, 1], color='.5', lw=1, ls=':')
+        ax.plot(at[there], share[there], color='k', label='share that is right')
+        several = self.predictions.binary
+        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='probability' if several else 'confidence', ylabel='share of positives' if several else 'accuracy')
+        ax.legend(loc='upper left', edgecolor='none', framealpha=.85, fontsize=8)
+        ax.text(.97, .03, f'smooth ECE {value:.3f}', transform=ax.transAxes, ha='right', bbox=dict(fc='w', ec='none', alpha=.8))
         return ax
 
     def plot_confidence(self,
@@ -146,7 +171,7 @@ class _Pictures(_Figures):
         ax.legend(loc='upper left', frameon=False, fontsize=8)
         return ax
 
-# %% ../../nbs/64_calibration.interpretation.ipynb #929cded4
+# %% ../../nbs/64_calibration.interpretation.ipynb #5ae7b19c
 class _Features(Callback):
     "Keeps what goes into a layer, and the labels"
     order = 95
@@ -166,7 +191,7 @@ def features_of(learn, layer, dl):
         if hasattr(cb, 'hook'): cb.hook.remove()
     return torch.cat(cb.seen),torch.cat(cb.labels)
 
-# %% ../../nbs/64_calibration.interpretation.ipynb #d1b05270
+# %% ../../nbs/64_calibration.interpretation.ipynb #97a529a5
 class _LastLayer(_Pictures):
     "What goes into the last layer of a learner"
     def _class_number(self, c):
@@ -202,7 +227,7 @@ class _LastLayer(_Pictures):
         ax.legend(frameon=False, fontsize=7)
         return ax
 
-# %% ../../nbs/64_calibration.interpretation.ipynb #066b0513
+# %% ../../nbs/64_calibration.interpretation.ipynb #627c259b
 class CalibrationInterpretation(_LastLayer):
     "Whether the probabilities of a learner can be believed"
     def summary(self)->str: # A few sentences

@@ -9,6 +9,7 @@ __all__ = ['Predictions', 'rescale', 'gather']
 
 # %% ../../nbs/60_calibration.predictions.ipynb #b44e6ba2
 import copy
+from functools import partial
 from numbers import Integral
 from operator import length_hint
 
@@ -19,16 +20,19 @@ from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.losses import BaseLoss
 from fastai.losses import LabelSmoothingCrossEntropy as FastaiLabelSmoothing
 from fastai.losses import LabelSmoothingCrossEntropyFlat as FastaiLabelSmoothingFlat
+from fastcore.basics import noop
 from fastcore.foundation import L
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.loss import LabelSmoothingCrossEntropy as TimmLabelSmoothing
 from torch import Tensor, nn
 
-from ..losses import LabelSmoothingBCE
+from ..losses import LabelSmoothingBCE, SmoothingLoss, loss_settings
 
 # %% ../../nbs/60_calibration.predictions.ipynb #0df31310
-SIGMOID,SOFTMAX = (nn.BCEWithLogitsLoss, BinaryCrossEntropy),(nn.CrossEntropyLoss,)
+SIGMOID = nn.BCEWithLogitsLoss,BinaryCrossEntropy
 SOFTMAX_EXACTLY = FastaiLabelSmoothing,FastaiLabelSmoothingFlat,TimmLabelSmoothing,SoftTargetCrossEntropy # fastai's takes the last axis, timm's says nothing
+
+KNOWN = *SIGMOID,*SOFTMAX_EXACTLY,nn.CrossEntropyLoss,nn.BCELoss,nn.NLLLoss,BaseLoss,SmoothingLoss # whose activation is a function of the predictions alone
 
 def users_loss(
     loss # The loss of a learner, perhaps in the middle of training
@@ -39,25 +43,27 @@ def users_loss(
         elif hasattr(getattr(loss, '__self__', None), 'old_lf'): loss = loss.__self__.old_lf
         else: return loss
 
+def own_activation(loss):
+    "The activation as a function of (predictions, axis), of the outermost part of a loss that says one; None if none does"
+    func = getattr(loss, 'func', loss) # what fastai's flat losses wrap
+    if isinstance(func, SIGMOID): return lambda z, axis: z.sigmoid()
+    if isinstance(func, nn.BCELoss): return lambda z, axis: z
+    if isinstance(func, nn.CrossEntropyLoss) or type(func) in SOFTMAX_EXACTLY: return lambda z, axis: z.softmax(axis)
+    if isinstance(func, nn.NLLLoss): return lambda z, axis: z.exp()
+    if callable(getattr(loss, 'activation', None)) and not (isinstance(loss, BaseLoss) and type(loss).activation is BaseLoss.activation):
+        return lambda z, axis: loss.activation(z)
+    return own_activation(loss.loss) if callable(getattr(loss, 'loss', None)) else None
+
 def kind_of_loss(
     loss # A loss function or module
-)->tuple: # Activation as a function of (predictions, axis) or None, class dimension, ignored index, whether each class is a question of its own
-    "What a loss says about its predictions"
+)->tuple: # Activation as a function of (predictions, axis) or None, class dimension or None, ignored index, whether each class is a question of its own
+    "What a loss says about its predictions, however it is wrapped"
     loss = users_loss(loss)
-    func = getattr(loss, 'func', loss) # what fastai's flat losses wrap
-    inner = loss.leaves()[0] if hasattr(loss, 'leaves') else loss # the first part of a combined loss
-    axis,ignore = getattr(loss, 'axis', getattr(inner, 'axis', None)),getattr(inner, 'ignore_index', getattr(func, 'ignore_index', -100))
-    if axis is None: axis = 1 if isinstance(func, (nn.CrossEntropyLoss, nn.NLLLoss)) else -1
-    own = callable(getattr(loss, 'activation', None)) and not (isinstance(loss, BaseLoss) and type(loss).activation is BaseLoss.activation)
-    if isinstance(func, SIGMOID): act = lambda z, axis: z.sigmoid()
-    elif isinstance(func, nn.BCELoss): act = lambda z, axis: z
-    elif isinstance(func, SOFTMAX) or type(func) in SOFTMAX_EXACTLY: act = lambda z, axis: z.softmax(axis)
-    elif isinstance(func, nn.NLLLoss): act = lambda z, axis: z.exp()
-    else: act = (lambda z, axis: loss.activation(z)) if own else None
-    binary = isinstance(func, (*SIGMOID, nn.BCELoss)) or isinstance(inner, LabelSmoothingBCE) or getattr(loss, 'binary', False) is True
-    return act,axis,-100 if ignore is None else ignore,binary
+    settings,inner = loss_settings(loss),loss.leaves()[0] if hasattr(loss, 'leaves') else loss
+    binary = isinstance(getattr(loss, 'func', inner), (*SIGMOID, nn.BCELoss, LabelSmoothingBCE)) or getattr(loss, 'binary', False) is True
+    return own_activation(loss),settings.axis,-100 if settings.ignore_index is None else settings.ignore_index,binary
 
-# %% ../../nbs/60_calibration.predictions.ipynb #60d1bec5
+# %% ../../nbs/60_calibration.predictions.ipynb #c293b700
 def form_of(
     act, # From rows of predictions in float64 to probabilities
     k:int, # Number of classes
@@ -69,21 +75,30 @@ def form_of(
     p = act(probe)
     return next((name for name, v in same.items() if v.shape == p.shape and torch.allclose(p.to(v), v)), 'other')
 
-# %% ../../nbs/60_calibration.predictions.ipynb #e7d23981
+# %% ../../nbs/60_calibration.predictions.ipynb #1442a87c
+def refuse(
+    bad, # Which values are wrong
+    values, # Of which the first wrong one is told
+    message:str, # With a place for it
+    problems:list, # Where to put it off, on a GPU
+):
+    "ValueError if any value is wrong; on a GPU it is put off, so that nothing waits"
+    if not bad.numel(): return
+    if bad.device.type != 'cpu': problems.append((bad.any(), values.masked_fill(~bad, values.new_tensor(-1e9)).amax(), message))
+    elif bad.any(): raise ValueError(message.format(values[bad][0].item()))
+
+def with_doubles(t): return t.cpu() if t.device.type == 'mps' else t # Apple's GPUs have no float64
+
+# %% ../../nbs/60_calibration.predictions.ipynb #28eda091
 class Rows:
     "Predictions and targets of a batch, one row per position"
     each = 'z','q','mass','example','_p' # what there is one of for each row
-    def __init__(self,
-        z:Tensor, # Predictions (M, K)
-        q:Tensor, # Targets (M, K) in float64 that sum to 1, or 0 and 1 for several labels; nan where unknown
-        mass:Tensor, # Of the targets, (M,); 0 where ignored
-        example:Tensor, # Number of the example that a row belongs to, (M,)
-        act, # From rows of predictions in float64 to probabilities
-        form:str, # What the predictions are: 'softmax' (logits), 'sigmoid', 'exp' (log-probabilities), 'probability' (of a yes), 'shares' or 'other'
-        binary:bool=False, # Whether each class is a question of its own
-        axis:int=-1, # Class dimension of the model's predictions
-        ndim:int=2, # Of the model's predictions
-    ): self.z,self.q,self.mass,self.example,self.act,self.form,self.binary,self.axis,self.ndim = z,q,mass,example,act,form,binary,axis,ndim
+    # z: predictions (M, K); q: targets (M, K) in float64 that sum to 1, or 0 and 1 for several labels, nan where unknown; mass: of the targets, 0 where
+    # ignored; example: which one of the batch a row belongs to; act: from such rows in float64 to probabilities; form: see `form_of`, 'shares' are
+    # probabilities of exclusive classes; binary: whether each class is a question of its own; axis, ndim: class dimension and dimensions of the batch
+    def __init__(self, z, q, mass, example, act, form, binary=False, axis=-1, ndim=2):
+        self.z,self.q,self.mass,self.example,self.act,self.form,self.binary,self.axis,self.ndim = z,q,mass,example,act,form,binary,axis,ndim
+        self.problems = [] # what `refuse` has put off
 
     def __len__(self)->int: return len(self.z)
     def __getitem__(self, i): # of the same class, with these rows
@@ -94,11 +109,11 @@ class Rows:
     @property
     def p(self)->Tensor: # Probabilities (M, K) in float64
         "What the activation makes of the predictions; exclusive classes whose sum is not 1: ValueError"
-        if '_p' not in vars(self): self._p = self.act(self.z.double())
-        total = self._p.sum(1)
-        if not self.binary and ((total-1).abs() > 1e-3).any():
-            raise ValueError(f"The activation gives probabilities that sum to {total[(total-1).abs() > 1e-3][0].item():g} over the classes: pass act= to say "
-                             "how predictions become probabilities, such as act=partial(torch.softmax, dim=1).")
+        if '_p' not in vars(self):
+            self._p = self.act(self.z.double())
+            total = self._p.sum(1)
+            if not self.binary: refuse((total-1).abs() > 1e-3, total, "The activation gives probabilities that sum to {:g} over the classes: pass act= to say "
+                                       "how predictions become probabilities, such as act=partial(torch.softmax, dim=1).", self.problems)
         return self._p
 
     def placed(self, rows)->Tensor: # As a batch of the model
@@ -109,8 +124,8 @@ class Rows:
         "Which rows have a prediction that is nan where something is known"
         return (self.p.isnan() & ~self.q.isnan()).any(1)
 
-# %% ../../nbs/60_calibration.predictions.ipynb #c5d02e31
-def binary_rows(z, y, axis, ignore):
+# %% ../../nbs/60_calibration.predictions.ipynb #2eaa6214
+def binary_rows(z, y, axis, ignore, problems):
     "Rows of questions: targets are multi-hot, or class indices that stand for a set of one label"
     shape,k = z.shape,z.shape[axis]
     z = z.movedim(axis, -1)
@@ -119,14 +134,13 @@ def binary_rows(z, y, axis, ignore):
         if not y.is_floating_point(): q = q.masked_fill(q == ignore, torch.nan)
     elif not y.is_floating_point() and y.numel()*k == z.numel():
         y = y.reshape(*z.shape[:-1], 1)
-        check_labels(y[y != ignore], k)
-        q = torch.zeros(z.shape, dtype=torch.float64, device=z.device).scatter_(-1, y.masked_fill(y == ignore, 0), 1.).masked_fill(y == ignore, torch.nan)
+        refuse_labels(y, y != ignore, k, problems)
+        q = torch.zeros(z.shape, dtype=torch.float64, device=z.device).scatter_(-1, y.clamp(0, k-1), 1.).masked_fill(y == ignore, torch.nan)
     else: raise ValueError(f"Targets of shape {tuple(y.shape)} do not fit predictions of shape {tuple(shape)}.")
-    wrong = (q < 0) | (q > 1)
-    if wrong.any(): raise ValueError(f"Targets of several labels lie in [0, 1] (nan: unknown), but one is {q[wrong][0].item():g}.")
+    refuse((q < 0) | (q > 1), q, "Targets of several labels lie in [0, 1] (nan: unknown), but one is {:g}.", problems)
     return z.reshape(-1, k),q.reshape(-1, k),q.new_ones(z.numel()//k)
 
-def class_rows(z, y, axis, ignore):
+def class_rows(z, y, axis, ignore, problems):
     "Rows of exclusive classes: targets are class indices, or shares of the classes"
     if not -z.ndim <= axis < z.ndim or z.ndim < 2: raise ValueError(f"Predictions of shape {tuple(z.shape)} have no classes at axis {axis}.")
     shape,k = z.shape,z.shape[axis]
@@ -134,7 +148,8 @@ def class_rows(z, y, axis, ignore):
     rows = lambda t: t.movedim(axis, -1).reshape(-1, k)
     if y.is_floating_point() and y.shape == shape:
         q = rows(y.double())
-        if (q < 0).any(): raise ValueError(f"Dense targets are shares of the classes, but one is {q[q < 0][0].item():g}.")
+        refuse(q < 0, q, "Dense targets are shares of the classes, but one is {:g}.", problems)
+        refuse(q.isnan(), q, "Dense targets are shares of the classes, but one is {}.", problems)
         mass = q.sum(1)
         return rows(z),torch.where(mass[:,None] > 0, q/mass.clamp(min=1e-300)[:,None], torch.nan),mass
     if y.is_floating_point() or y.numel()*k != z.numel():
@@ -142,16 +157,13 @@ def class_rows(z, y, axis, ignore):
                          f"{axis}.")
     y = y.reshape(-1, 1).long()
     kept = y != ignore
-    check_labels(y[kept], k)
-    q = torch.zeros(len(y), k, dtype=torch.float64, device=z.device).scatter_(1, y.masked_fill(~kept, 0), 1.).masked_fill(~kept, torch.nan)
+    refuse_labels(y, kept, k, problems)
+    q = torch.zeros(len(y), k, dtype=torch.float64, device=z.device).scatter_(1, y.clamp(0, k-1), 1.).masked_fill(~kept, torch.nan)
     return rows(z),q,kept[:,0].double()
 
-def check_labels(y, k):
-    "Labels of `k` classes, otherwise ValueError"
-    bad = (y < 0) | (y >= k)
-    if bad.any(): raise ValueError(f"Label {int(y[bad][0])} is outside [0, {k}) for {k} classes.")
+def refuse_labels(y, kept, k, problems): refuse(kept & ((y < 0) | (y >= k)), y, f"Label {{}} is outside [0, {k}) for {k} classes.", problems)
 
-# %% ../../nbs/60_calibration.predictions.ipynb #89df7a44
+# %% ../../nbs/60_calibration.predictions.ipynb #250c5203
 def as_rows(
     pred:Tensor, # Predictions of a batch
     y:Tensor, # Targets
@@ -165,22 +177,27 @@ def as_rows(
                          "act=partial(torch.softmax, dim=-1).")
     for name, t in (('Predictions', pred), ('Targets', y)):
         if not isinstance(t, Tensor): raise ValueError(f"{name} must be one tensor, but are a {type(t).__name__}: of several targets score one at a time.")
-    z,y = (t.detach().as_subclass(Tensor) for t in (pred, y))
+    z,y = (with_doubles(t.detach()).as_subclass(Tensor) for t in (pred, y))
     if not z.is_floating_point(): raise ValueError(f"Predictions must be floating, but have the dtype {z.dtype}.")
     shape = z.shape
+    if axis is None: axis = 1 if binary and len(shape) > 2 else -1 # of masks with several labels, the labels
     if len(shape) > 2 and shape[1] == 1 and (binary or shape[axis] == 1): axis = 1 # a question per pixel
     elif binary and not -len(shape) <= axis < len(shape): axis = -1
     there = -len(shape) <= axis < len(shape)
     activation = act if act is not None else lambda t: known(t, axis)
     def on_rows(rows): # the activation may count on the dimensions of the predictions
         return activation(in_place(rows, len(shape), axis)).reshape(rows.shape)
-    form = form_of(on_rows, shape[axis] if len(shape) > 1 else 1, z.device) if there else 'other'
+    device = 'cpu' if act is None and isinstance(users_loss(loss), KNOWN) else z.device # do not make a GPU wait for what is clear
+    form = form_of(on_rows, shape[axis] if len(shape) > 1 else 1, device) if there else 'other'
     binary |= form == 'sigmoid'
     if form == 'probability' and not binary: form = 'shares'
     if binary and len(shape) == 1: z = z[:,None]
-    z,q,mass = (binary_rows if binary else class_rows)(z, y, axis, ignore)
+    problems = []
+    z,q,mass = (binary_rows if binary else class_rows)(z, y, axis, ignore, problems)
     example = torch.arange(len(pred), device=z.device).repeat_interleave(len(z)//max(len(pred), 1))
-    return Rows(z, q, mass, example, on_rows, form, binary, axis, len(shape))
+    rows = Rows(z, q, mass, example, on_rows, form, binary, axis, len(shape))
+    rows.problems = problems
+    return rows
 
 def in_place(rows, ndim, axis):
     "Rows (M, K) as a batch of `ndim` dimensions with the classes at `axis`"
@@ -197,7 +214,7 @@ class Predictions(Rows):
         q:Tensor, # Targets (M, K) in float64 that sum to 1; for several labels 0 and 1, nan where unknown
         example:Tensor, # Number of the example in the data set, (M,)
         act, # From rows of predictions in float64 to probabilities
-        form:str, # What the predictions are: 'softmax' (logits), 'sigmoid', 'exp' (log-probabilities), 'probability' (of a yes), 'shares' or 'other'
+        form:str, # What the predictions are, see `form_of`; 'shares' are probabilities of exclusive classes
         binary:bool=False, # Whether each class is a question of its own
         axis:int=-1, # Class dimension of the model's predictions
         mass:Tensor|None=None, # Of the targets, (M,). None: 1 each
@@ -205,9 +222,9 @@ class Predictions(Rows):
     ):
         super().__init__(z, q, torch.ones(len(z), dtype=torch.float64) if mass is None else mass, example, act, form, binary, axis, ndim)
         if not len(z) or q.isnan().all(): raise ValueError("There is nothing to score: no example, or every label is ignored.")
-        broken = self.broken()
-        if broken.any(): raise ValueError(f"The prediction for the example {int(example[broken][0])} is nan: look for what went wrong in training before "
-                                          "asking how well calibrated it is.")
+        if (broken := self.broken()).any():
+            raise ValueError(f"The prediction for the example {int(example[broken][0])} is nan: look for what went wrong in training before asking how well "
+                             "calibrated it is.")
 
     @classmethod
     def of(cls,
@@ -220,8 +237,7 @@ class Predictions(Rows):
         return cls.of_rows(as_rows(pred, target, loss, act))
 
     @classmethod
-    def of_rows(cls, rows:Rows)->'Predictions':
-        "Of rows, without those that are ignored"
+    def of_rows(cls, rows:Rows)->'Predictions': # Without those that are ignored
         rows = rows[rows.mass > 0]
         return cls(rows.z, rows.q, rows.example, rows.act, rows.form, rows.binary, rows.axis, rows.mass, rows.ndim)
 
@@ -302,10 +318,7 @@ class Collect(Callback):
     def __init__(self, act, max_elements): self.act,self.max_elements = act,max_elements
 
     def before_validate(self): self.start()
-
-    def start(self):
-        self.kept,self.n,self.share,self.generator = [],0,None,torch.Generator().manual_seed(0)
-
+    def start(self): self.kept,self.n,self.share,self.generator = [],0,None,torch.Generator().manual_seed(0)
     def after_pred(self):
         if self.learn.training: return
         if not len(self.learn.yb): raise ValueError("The data loader gives no labels: there is nothing to compare predictions with.")
@@ -313,13 +326,14 @@ class Collect(Callback):
 
     def keep(self, pred, y):
         "Add a batch"
+        pred,y = (t.cpu() if isinstance(t, Tensor) else t for t in (pred, y))
         rows = as_rows(pred, y, self.learn.loss_func, self.act)
         rows = rows[rows.mass > 0]
         if self.share is None: # of the rows that there will be, as many as fit
             expected = self.learn.n_iter*max(pred.numel(), 1)
             self.share = min(1., self.max_elements/expected)
-        if self.share < 1: rows = rows[(torch.rand(len(rows), generator=self.generator) < self.share).to(rows.z.device)]
-        self.kept.append((rows.z.cpu(), rows.q.cpu(), rows.mass.cpu(), rows.example.cpu()+self.n))
+        if self.share < 1: rows = rows[torch.rand(len(rows), generator=self.generator) < self.share]
+        self.kept.append((rows.z, rows.q, rows.mass, rows.example+self.n))
         self.n += len(pred)
         self.rows = rows
 
@@ -348,7 +362,7 @@ def gather(
     order,made = None,None
     if hasattr(dl, 'get_idxs'): # some loaders sort
         order = list(dl.get_idxs())
-        dl = dl.new(get_idxs=_Constant(order))
+        dl = dl.new(get_idxs=partial(noop, order))
         order = [int(i) for i in order] if all(isinstance(i, Integral) for i in order) else None
         if hasattr(dl, 'do_item'): dl.do_item = made = _NotesSkips(dl.do_item)
     new,cb = beside(learn, learn.model),Collect(act, max_elements)
@@ -364,8 +378,3 @@ class _NotesSkips:
         res = self.do_item(i)
         if res is None: self.skipped.add(i)
         return res
-
-class _Constant:
-    "Returns the same thing always"
-    def __init__(self, value): self.value = value
-    def __call__(self): return self.value

@@ -23,7 +23,7 @@ from fastcore.basics import noop
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from .predictions import Predictions, beside, copied_model, gather, rescale, users_loss
+from .predictions import Predictions, beside, copied_model, gather, rescale, users_loss, with_doubles
 from .metrics import nll_of
 
 # %% ../../nbs/63_calibration.temperature.ipynb #0db1fadf
@@ -59,7 +59,7 @@ def tells(
     at = total_nll(predictions, math.log(temperature))
     return all(total_nll(predictions, math.log(temperature*factor))-at > TOLD for factor in (1/3, 3))
 
-# %% ../../nbs/63_calibration.temperature.ipynb #c0811c3d
+# %% ../../nbs/63_calibration.temperature.ipynb #67853a12
 SHRINKAGE = 30.
 
 def label_of(predictions, k):
@@ -106,7 +106,7 @@ def fit_temperature(
                            "little to do with the labels.")
     return t
 
-# %% ../../nbs/63_calibration.temperature.ipynb #dbda7b88
+# %% ../../nbs/63_calibration.temperature.ipynb #3db8bead
 def strata_of(predictions):
     "A class for each row's example: its label; of several labels the rarest one that it has; of a mask the most frequent class"
     numbers,rows = predictions.example.unique(return_inverse=True)
@@ -147,7 +147,7 @@ def cross_fit(
     if said: warnings.warn(f"Cross-fitting the temperature: {said[0].message}" + (f" ({len(said)} warnings in {len(parts)} folds)" if len(said) > 1 else ''))
     return predictions.scaled(each),temperatures
 
-# %% ../../nbs/63_calibration.temperature.ipynb #fe1c0187
+# %% ../../nbs/63_calibration.temperature.ipynb #63a23386
 def nll_split(
     predictions:Predictions, # Of a data set
     folds:int=5, # Of the cross-fitted temperature
@@ -157,7 +157,7 @@ def nll_split(
     return dict(nll=nll, refinement=refinement, calibration=nll-refinement)
 
 # %% ../../nbs/63_calibration.temperature.ipynb #2be01e72
-def _double_sigmoid(z): return z.double().sigmoid()
+def _double_sigmoid(z): return with_doubles(z).double().sigmoid()
 
 class _AsBefore:
     "Decodes calibrated probabilities as a loss did before, where that asks for more than which is the largest"
@@ -193,7 +193,7 @@ class ScaledModel(nn.Module):
             return getattr(self.model, name)
     def __getitem__(self, i): return self.model[i]
 
-# %% ../../nbs/63_calibration.temperature.ipynb #416c1ec8
+# %% ../../nbs/63_calibration.temperature.ipynb #78a32df2
 class CalibratedLoss:
     "The loss of a calibrated learner whose own does not say how predictions become probabilities"
     def __init__(self,
@@ -217,7 +217,7 @@ class CalibratedLoss:
         return getattr(self.loss, name)
     def __repr__(self): return f'CalibratedLoss({self.loss!r})'
 
-# %% ../../nbs/63_calibration.temperature.ipynb #64783328
+# %% ../../nbs/63_calibration.temperature.ipynb #bee5d95e
 class TemperatureScaling:
     "Find the temperature of a learner and make a calibrated learner of it. Guo et al. 2017, https://arxiv.org/abs/1706.04599"
     def __init__(self,

@@ -12,8 +12,17 @@ from .formulas import (
     smooth_cross_entropy_reference,
     without_ignored,
 )
+from .gpu import check_reported_labels
 from .heads import smooth_linear_cross_entropy
-from .paths import binary_cross_entropy, cross_entropy, smooth_binary_cross_entropy, smooth_cross_entropy
+from .paths import (
+    binary_cross_entropy,
+    binary_entries,
+    cross_entropy,
+    cross_entropy_with,
+    single_like,
+    smooth_binary_cross_entropy,
+    smooth_cross_entropy,
+)
 
 __all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy', 'smooth_linear_cross_entropy', 'smooth_cross_entropy_reference',
            'smooth_binary_cross_entropy_reference']

@@ -111,7 +111,7 @@ def times(
     "What the target does not ask for costs nothing, not even when its logit is -inf or nan"
     return coefficient*surprise.masked_fill((coefficient == 0) & ~surprise.isfinite(), 0)
 
-# %% ../../nbs/20_kernels.formulas.ipynb #1983b2ef
+# %% ../../nbs/20_kernels.formulas.ipynb #98089d33
 def check_class_weight(
     weight:Tensor|None, # Weights of classes, or of entries
     name:str='weight', # How the message calls it
@@ -218,8 +218,8 @@ def binary_cross_entropy_of_logits(
     for name, w in (('weight', weight), ('pos_weight', pos_weight)):
         if w is not None and (w.ndim > logits.ndim or any(a not in (1, b) for a, b in zip(w.shape[::-1], logits.shape[::-1]))):
             raise ValueError(f"{name} of shape {tuple(w.shape)} cannot be broadcast to the logits of shape {tuple(logits.shape)}.")
-    infinite = logits.isinf()
-    loss = F.binary_cross_entropy_with_logits(logits.masked_fill(infinite | ~known, 0.), target.nan_to_num(0.), weight, pos_weight=pos_weight, reduction='none')
+    infinite = logits.isinf() & known
+    loss = F.binary_cross_entropy_with_logits(logits.masked_fill(infinite | ~known, 0.), target.masked_fill(~known, 0.), weight, pos_weight=pos_weight, reduction='none')
     if not is_readable(infinite) or infinite.any(): # there the loss is a multiple of |z|, where torch says nan
         wrong = torch.where(logits < 0, target if pos_weight is None else target*pos_weight, 1-target)
         loss = torch.where(infinite, times(wrong if weight is None else wrong*weight, logits.abs().masked_fill(~infinite, 0.)), loss)

@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.gpu_binary.html.md""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #9b280074
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #20de92bb
 import math
 from collections import namedtuple
 from functools import lru_cache
@@ -20,22 +20,23 @@ from .formulas import REDUCTIONS, binary_cross_entropy_of_logits, in_single_prec
 from .gpu import HALF_OR_SINGLE, collapse, kernels_work, on_device_of, report_of
 from ..targets import base_tensor
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #7a3346f9
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #9cd54a36
 Layout = namedtuple('Layout', 'sizes strides flat wide')
 
 @lru_cache(1024)
 def layout_of(
     shape, # Shape of the logits
     strides, # Strides of each tensor, logits first, expanded to that shape. None: a tensor that is not there
-    index:bool, # The last dimension stays apart
+    index:int|None, # Class dimension of a target of class indices, which stays apart
 )->Layout|None: # None: they need more than three dimensions
     "All tensors of a binary loss seen with the same few dimensions"
-    if index:
-        groups = list(range(len(shape)-1)), [len(shape)-1]
+    if index is not None:
+        groups = [d for d in range(index)], [index], [d for d in range(index+1, len(shape))]
+        groups = groups if groups[2] else groups[:2]
         sizes = [math.prod([shape[d] for d in group]) for group in groups]
         seen = [None if s is None else [collapse([shape[d] for d in group], [s[d] for d in group]) for group in groups] for s in strides]
         if any(s is not None and None in s for s in seen): return None
-        steps = [[0 if s is None else s[d] for s in seen] for d in range(2)]
+        steps = [[0 if s is None else s[d] for s in seen] for d in range(len(groups))]
     else:
         sizes, steps = [], []
         for d in sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[0][d]):
@@ -49,7 +50,7 @@ def layout_of(
     padded = [[step[t] for step in steps] + [0]*(3-len(steps)) for t in range(len(strides))]
     return Layout(sizes, padded, flat, wide)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #007ca04c
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #e7fcc214
 SIZE = 4096 # entries of a program
 
 def lay_out(logits, y, weight, pos_weight, off, on, index, *others):
@@ -58,18 +59,19 @@ def lay_out(logits, y, weight, pos_weight, off, on, index, *others):
     def strides(t):
         if not isinstance(t, Tensor): return None
         return t.stride() if t.shape == shape else t.expand(shape).stride()
-    y_strides = (*y.stride(), 0) if index else strides(y)
+    y_strides = strides(y) if index is None else (*y.stride()[:index], 0, *y.stride()[index:])
     layout = layout_of(shape, (logits.stride(), y_strides, *map(strides, (weight, pos_weight, off, on, *others))), index)
     if layout is None: return None, None
-    options = dict(INDEX=index, OFF_AT=isinstance(off, Tensor), ON_AT=isinstance(on, Tensor), DIMS=len(layout.sizes), FLAT=layout.flat, WIDE=layout.wide,
-                   SIZE=SIZE, num_warps=8)
+    options = dict(INDEX=index is not None, OFF_AT=isinstance(off, Tensor), ON_AT=isinstance(on, Tensor), DIMS=len(layout.sizes),
+                   FLAT=layout.flat, WIDE=layout.wide, SIZE=SIZE, num_warps=8)
     return layout, options
 
 @on_device_of
-def launch_binary_forward(logits, y, weight, pos_weight, off, on, index, reduction):
+def launch_binary_forward(logits, y, weight, pos_weight, off, on, axis, reduction):
     "Loss, and what it was divided by"
     from fastai_smooth.kernels.triton_binary import binary_forward
     from fastai_smooth.kernels.triton_softmax import add_up
+    index = axis if y.ndim < logits.ndim else None
     layout, options = lay_out(logits, y, weight, pos_weight, off, on, index)
     none, n = reduction == 'none', logits.numel()
     programs, mean = -(-n//SIZE), reduction != 'sum' and not none
@@ -77,9 +79,9 @@ def launch_binary_forward(logits, y, weight, pos_weight, off, on, index, reducti
     loss = torch.empty_strided(logits.shape, logits.stride(), dtype=torch.float32, device=logits.device) if none else empty()
     result, sums, given = torch.zeros(1, device=logits.device) if none else empty(1), None, None
     if not none and programs > 1: sums = empty(2*programs)
-    if reduction == 'classes': given = ((y != -100) if index else (y == y).any(-1)).sum().float()
+    if reduction == 'classes': given = ((y == y).any(axis) if index is None else y != -100).sum().float()
     report = report_of(logits.device)
-    call = report.new_call(y.shape, logits.shape[-1], -100) if index else 0
+    call = 0 if index is None else report.new_call(y.shape, logits.shape[axis], -100)
     sizes = layout.sizes + [1, 1]
     binary_forward[(programs,)](
         logits, y, weight, pos_weight, off, on, given, loss if none else None, sums, loss, result, report.words, call, n, sizes[1], sizes[2],
@@ -88,10 +90,11 @@ def launch_binary_forward(logits, y, weight, pos_weight, off, on, index, reducti
     return loss, result
 
 @on_device_of
-def launch_binary_backward(logits, grad, y, weight, pos_weight, off, on, index, reduction, result):
+def launch_binary_backward(logits, grad, y, weight, pos_weight, off, on, axis, reduction, result):
     "Gradient of the logits, in their dtype"
     from fastai_smooth.kernels.triton_binary import binary_backward
     g, each = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device), reduction == 'none'
+    index = axis if y.ndim < logits.ndim else None
     layout, options = lay_out(logits, y, weight, pos_weight, off, on, index, g, grad if each else None)
     if layout is None: layout, options = lay_out(logits, y, weight, pos_weight, off, on, index, g, grad := torch.empty_like(g, dtype=grad.dtype).copy_(grad))
     n, sizes = logits.numel(), layout.sizes + [1, 1]
@@ -99,13 +102,13 @@ def launch_binary_backward(logits, grad, y, weight, pos_weight, off, on, index, 
                                     MEAN=reduction in ('mean', 'classes'), EACH=each, **options)
     return g
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #1a600703
-def binary_formula(logits, y, weight, pos_weight, off, on, index, reduction)->Tensor:
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #004d8f6e
+def binary_formula(logits, y, weight, pos_weight, off, on, axis, reduction)->Tensor:
     "The loss of a request by the formula"
     z = in_single_precision(logits)
-    if index:
-        known = y != -100
-        y = torch.zeros_like(z).scatter_(-1, (y*known).unsqueeze(-1), 1.).masked_fill(~known.unsqueeze(-1), torch.nan)
+    if y.ndim < z.ndim:
+        y = y.unsqueeze(axis)
+        y = torch.zeros_like(z).scatter_(axis, y.clamp(min=0).long(), 1.).masked_fill(y == -100, torch.nan)
     return binary_cross_entropy_of_logits(z, y.to(z.dtype), weight, pos_weight, reduction, off, on)
 
 class BinaryLoss(torch.autograd.Function):
@@ -125,22 +128,22 @@ class BinaryLoss(torch.autograd.Function):
         else: g = launch_binary_backward(logits, grad, *request, result)
         return g, *[None]*len(request)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #320cde99
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #1c01b0a6
 @torch.library.custom_op('fastai_smooth::binary_loss', mutates_args=())
-def binary_loss(logits:Tensor, y:Tensor, weight:Optional[Tensor], pos_weight:Optional[Tensor], off:Tensor, on:Tensor, index:bool, # noqa: UP045
+def binary_loss(logits:Tensor, y:Tensor, weight:Optional[Tensor], pos_weight:Optional[Tensor], off:Tensor, on:Tensor, axis:int, # noqa: UP045
                 reduction:str)->tuple[Tensor, Tensor]:
     report_of(logits.device).check()
-    return launch_binary_forward(logits, y, weight, pos_weight, off, on, index, reduction)
+    return launch_binary_forward(logits, y, weight, pos_weight, off, on, axis, reduction)
 
 @binary_loss.register_fake
-def _(logits, y, weight, pos_weight, off, on, index, reduction):
+def _(logits, y, weight, pos_weight, off, on, axis, reduction):
     loss = torch.empty_strided(logits.shape, logits.stride(), dtype=torch.float32, device=logits.device)
     return loss if reduction == 'none' else logits.new_empty((), dtype=torch.float32), logits.new_empty(1, dtype=torch.float32)
 
 @torch.library.custom_op('fastai_smooth::binary_loss_backward', mutates_args=())
 def binary_loss_backward(logits:Tensor, grad:Tensor, y:Tensor, weight:Optional[Tensor], pos_weight:Optional[Tensor], off:Tensor, on:Tensor, # noqa: UP045
-                         index:bool, reduction:str, result:Tensor)->Tensor:
-    return launch_binary_backward(logits, grad, y, weight, pos_weight, off, on, index, reduction, result)
+                         axis:int, reduction:str, result:Tensor)->Tensor:
+    return launch_binary_backward(logits, grad, y, weight, pos_weight, off, on, axis, reduction, result)
 
 @binary_loss_backward.register_fake
 def _(logits, *args): return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
@@ -155,41 +158,48 @@ def backward_of_binary_operator(ctx, grad, *_):
 
 binary_loss.register_autograd(backward_of_binary_operator, setup_context=keep_binary_inputs)
 
-# %% ../../nbs/22a_kernels.gpu_binary.ipynb #ca109d7b
+# %% ../../nbs/22a_kernels.gpu_binary.ipynb #1c164fb3
 def as_entries(
     target:Tensor, # Multi-hot or dense target, or class indices
     shape, # Shape of the logits
-)->tuple|None: # The target in the shape of the logits, or with one index per row, and which of them; None for another shape
+    axis:int, # Class dimension, not negative
+)->Tensor|None: # The target in the shape of the logits, or one index per position; None for another shape
     "What a binary target holds, by its shape"
-    if target.shape == shape: return target, False
+    if target.shape == shape: return target
     without_ones = lambda s: [n for n in s if n != 1]
-    if target.numel() == math.prod(shape) and without_ones(target.shape) == without_ones(shape): return target.reshape(shape), False
-    if target.is_floating_point() or target.dtype is torch.bool or target.shape not in (shape[:-1], (*shape[:-1], 1)): return None
-    return target.reshape(shape[:-1]), True
+    if target.numel() == math.prod(shape) and without_ones(target.shape) == without_ones(shape): return target.reshape(shape)
+    without_classes = shape[:axis] + shape[axis+1:]
+    if target.is_floating_point() or target.dtype is torch.bool: return None
+    return target.reshape(without_classes) if target.shape in (without_classes, (*shape[:axis], 1, *shape[axis+1:])) else None
 
 def binary_fits(
     logits:Tensor, # Logits as the model made them
-    target, # Multi-hot or dense target of their shape (nan: unknown), or class indices without the last dimension
+    target, # Multi-hot or dense target of their shape (nan: unknown), or class indices without the class dimension
     weight:Tensor|None, # Factor, broadcast against the logits
     pos_weight:Tensor|None, # Factor of the positive term, broadcast against the logits
-    reduction:str, # 'mean', 'sum', 'none' or 'classes'
+    reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the classes, then the mean over the positions
     off, # What smoothing makes of a label 0: a number, or a tensor broadcast against the logits
     on, # What it makes of a label 1
+    axis:int, # Class dimension, not negative
 )->bool: # Whether the kernels can compute this
     "What the kernels can do, whatever the device"
     if logits.dtype not in HALF_OR_SINGLE or not logits.numel() or not logits.ndim or reduction not in (*REDUCTIONS, 'classes'): return False
     if not torch.compiler.is_compiling() and in_transform(logits): return False
     shape = logits.shape
     if not isinstance(target, Tensor) or target.device != logits.device or target.is_complex() or target.requires_grad: return False
-    entries = as_entries(target, shape)
-    if entries is None: return False
-    for t in (weight, pos_weight, off, on):
-        if t is None or isinstance(t, (int, float)): continue
+    y = as_entries(target, shape, axis)
+    if y is None: return False
+    tensors = [t for t in (weight, pos_weight, off, on) if isinstance(t, Tensor)]
+    for t in tensors:
         if t.requires_grad or not t.is_floating_point() or t.device != logits.device or t.ndim > len(shape): return False
         if any(a not in (1, b) for a, b in zip(t.shape[::-1], shape[::-1])): return False
     # a slice with gaps: its gradient would have them, too
-    if logits.numel() != sum((n-1)*s for n, s in zip(shape, logits.stride())) + 1: return False
-    y, index = entries
+    if logits.numel() != sum([(n-1)*s for n, s in zip(shape, logits.stride())]) + 1: return False
+    if torch.compiler.is_compiling(): # strides may be symbols: what surely needs no more than three dimensions
+        uneven = [t.shape for t in tensors if t.shape != shape and t.numel() > 1]
+        few = all([s == uneven[0] and len([n for n in s if n != 1]) == 1 for s in uneven])
+        return few and logits.is_contiguous() and y.is_contiguous() and all([t.is_contiguous() for t in tensors])
+    index = axis if y.ndim < logits.ndim else None
     return lay_out(logits, y, weight, pos_weight, off, on, index, logits, logits if reduction == 'none' else None)[0] is not None
 
 def gpu_takes_binary(
@@ -201,20 +211,21 @@ def gpu_takes_binary(
 
 def gpu_binary_cross_entropy(
     logits:Tensor, # Logits as the model made them: float32, float16 or bfloat16
-    target:Tensor, # Multi-hot or dense target of their shape (nan: unknown), or class indices without the last dimension
+    target:Tensor, # Multi-hot or dense target of their shape (nan: unknown), or class indices without the class dimension
     weight:Tensor|None, # Factor, broadcast against the logits
     pos_weight:Tensor|None, # Factor of the positive term, broadcast against the logits
-    reduction:str, # 'mean', 'sum', 'none' or 'classes'
-    off=0., # What smoothing makes of a label 0: a number, or a tensor broadcast against the logits
-    on=1., # What it makes of a label 1
+    reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the classes, then the mean over the positions
+    off, # What smoothing makes of a label 0: a number, or a tensor broadcast against the logits
+    on, # What it makes of a label 1
+    axis:int, # Class dimension, not negative
 )->Tensor: # Loss in float32
     "Smoothed binary cross entropy by the kernels, for what `binary_fits`"
     logits, levels = base_tensor(logits), (off, on)
-    y, index = as_entries(base_tensor(target), logits.shape)
+    y = as_entries(base_tensor(target), logits.shape, axis)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         levels = [t if isinstance(t, Tensor) else torch.ones((), device=logits.device)*t for t in levels]
-        return binary_loss(logits, y, weight, pos_weight, *levels, index, reduction)[0]
+        return binary_loss(logits, y, weight, pos_weight, *levels, axis, reduction)[0]
     report_of(logits.device).check()
-    request = y, weight, pos_weight, *(t if isinstance(t, Tensor) else float(t) for t in levels), index, reduction
+    request = y, weight, pos_weight, *(t if isinstance(t, Tensor) else float(t) for t in levels), axis, reduction
     return BinaryLoss.apply(logits, *request) if wanted else launch_binary_forward(logits, *request)[0]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..distributions import ClassPrior, Distribution, Mixture, Similarity, Taxonomy, Uniform
 from .formulas import REDUCTIONS, cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, times
-from ..targets import base_tensor, check_choice, check_eps, dense_target, eps_along, is_readable
+from ..targets import base_tensor, check_choice, check_eps, dense_target, per_class, is_readable
 
 # %% ../../nbs/24_kernels.heads.ipynb #7059c53a
 def parts_of(
@@ -285,7 +285,7 @@ def head_formula(x, weight, bias, target, eps, dist, class_weight, weight_by, ig
     axis,received = log_probs.ndim-1,None
     if dist is not None:
         target,ignore_index = dense_target(target, log_probs, axis, ignore_index),None
-        received = dist(target*eps_along(eps, target, axis), axis=axis)
+        received = dist(target*per_class(eps, target, axis), axis=axis)
     return cross_entropy_of_log_probs(log_probs, target, eps, axis, class_weight, weight_by, ignore_index, reduction, received)
 
 def check_head(features, weight, bias, class_weight, chunk):

@@ -9,29 +9,74 @@ __all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy']
 
 # %% ../../nbs/23_kernels.paths.ipynb #843891cf
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu import cpu_binary_cross_entropy, cpu_cross_entropy
-from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, check_class_weight, class_axis, cross_entropy_of_log_probs, entries,
-                                            in_single_precision, in_transform, kept_entries, log_softmax)
-from ..targets import binary_levels, binary_target, check_axis, check_choice, check_eps
+from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, check_class_weight, check_several_classes, class_axis,
+                                            cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, log_softmax, reduce)
+from .gpu import gpu_cross_entropy, gpu_takes
+from .gpu_binary import as_entries, gpu_binary_cross_entropy, gpu_takes_binary
+from ..targets import base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, per_class
 
 # %% ../../nbs/23_kernels.paths.ipynb #a3d1a81f
 def path_of(
-    logits:Tensor, # Logits in at least single precision
+    logits:Tensor, # Logits
     index:Tensor|None, # Classes of the target, None for all in order
     values:Tensor|None, # Floating part of the target, None for 1 each
     simple:bool, # One eps, no weights, and a loss that is reduced to one number
-)->str: # 'cpu' or 'formula'
+    native:bool=False, # torch has the same loss
+    on_gpu:bool=False, # The GPU kernels take it
+)->str: # 'triton', 'cpu', 'torch' or 'formula'
     "The path that computes a loss"
-    if not simple or in_transform(logits): return 'formula'
-    if values is not None and (values.requires_grad or not values.is_cpu or in_transform(values)): return 'formula'
-    if logits.is_cpu and (index is None or index.is_cpu) and logits.dtype in (torch.float32, torch.float64) and logits.numel(): return 'cpu'
-    return 'formula'
+    if on_gpu: return 'triton'
+    if in_transform(logits) or not logits.numel() or (index is not None and index.device != logits.device): return 'formula'
+    if values is not None and (values.requires_grad or values.device != logits.device or in_transform(values)): return 'formula'
+    if simple and logits.is_cpu and logits.dtype in (torch.float32, torch.float64): return 'cpu'
+    return 'torch' if native else 'formula'
+
+# %% ../../nbs/23_kernels.paths.ipynb #fdb7b403
+def torch_takes(
+    logits:Tensor, # Logits in at least single precision
+    eps, # Smoothing strength: a number or one per class
+    axis:int, # Class dimension, not negative
+    weight:Tensor|None, # Class weights (K,)
+    weight_by:str, # 'class' or 'example'
+    reduction:str, # 'mean', 'sum' or 'none'
+)->bool: # True: call `torch_cross_entropy`
+    "Whether torch computes the loss of an index target"
+    if isinstance(eps, Tensor) or not 0 <= eps <= 1 or logits.ndim < 2 or reduction not in REDUCTIONS or weight_by not in ('class', 'example'): return False
+    # a weight of 0 for a class with a logit of -inf is nan there, which can be looked at on a CPU only
+    return weight is None or (logits.is_cpu and weight_by == 'class' and weight.shape == (logits.shape[axis],) and not weight.requires_grad)
+
+def torch_cross_entropy(
+    logits:Tensor, # Logits in at least single precision, (N, K, *) with the classes at `axis`
+    index:Tensor, # Classes in [0, K), one at `axis`
+    coefficient:Tensor|None, # 1, 0 where ignored, nan for a label that is no class. None: 1 each
+    eps:float, # Smoothing strength in [0, 1]
+    axis:int, # Class dimension, not negative
+    weight:Tensor|None, # Class weights (K,)
+    reduction:str, # 'mean', 'sum' or 'none'
+    formula, # The same loss as a function of the logits alone
+)->Tensor: # Loss
+    "Smoothed cross entropy of indices by `F.cross_entropy`"
+    y, z = index.squeeze(axis), logits
+    if weight is not None: weight = base_tensor(weight).to(logits)
+    known = torch.ones_like(y, dtype=z.dtype) if coefficient is None else coefficient.squeeze(axis)
+    if coefficient is not None:
+        ignored = coefficient == 0
+        y = y.masked_fill(ignored.squeeze(axis), -100)
+        if z.requires_grad and torch.is_grad_enabled():
+            z = z.view_as(z)
+            z.register_hook(lambda grad: grad.masked_fill(ignored, 0.)) # padding may hold anything
+    loss = F.cross_entropy(z.movedim(axis, 1), y, weight, label_smoothing=eps, reduction='none' if reduction == 'none' else 'sum')
+    if logits.is_cpu and not loss.isfinite().all(): return formula(logits) # 0 times infinity is 0 there
+    if coefficient is not None: loss = loss + (known*0 if reduction == 'none' else (known*0).sum())
+    return reduce(loss, known if weight is None else known*weight[index.squeeze(axis)], reduction)
 
 # %% ../../nbs/23_kernels.paths.ipynb #8d8fc69b
 def cross_entropy(
-    logits:Tensor, # Logits in at least single precision, (N, K, *)
+    logits:Tensor, # Logits as the model made them, (N, K, *)
     target, # Index, dense or mixed target
     eps, # Smoothing strength: a number or one per class
     axis:int, # Class dimension, not negative
@@ -41,12 +86,40 @@ def cross_entropy(
     reduction:str, # 'mean', 'sum' or 'none'
 )->Tensor: # Loss
     "Smoothed cross entropy of logits, by the path that suits"
+    logits, index, coefficient, native = base_tensor(logits), None, None, False
     formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
-    index, coefficient, ignored = entries(logits, target, axis, ignore_index)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
-    if path_of(logits, index, coefficient, simple) == 'formula': return formula(logits)
+    on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
+    if not on_gpu:
+        logits = in_single_precision(logits)
+        index, coefficient, ignored = entries(logits, target, axis, ignore_index)
+        if (not simple or not logits.is_cpu) and index is not None and coefficient is None:
+            native = torch_takes(logits, eps, axis, weight, weight_by, reduction)
+    path = path_of(logits, index, coefficient, simple, native, on_gpu)
+    if path == 'formula': return formula(logits)
+    if path == 'triton':
+        if isinstance(target, Tensor) and target.is_floating_point(): check_several_classes(logits.shape, axis)
+        return gpu_cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
     if index is not None: index, coefficient = kept_entries(index, coefficient, logits.shape[axis], ignored, logits.dtype)
+    if path == 'torch': return torch_cross_entropy(logits, index, coefficient, eps, axis, weight, reduction, formula)
     return cpu_cross_entropy(logits, index, coefficient, eps, axis, reduction == 'mean', formula)
+
+# %% ../../nbs/23_kernels.paths.ipynb #99491f2e
+def cross_entropy_with(
+    logits:Tensor, # Logits as the model made them, (N, K, *)
+    q:Tensor, # Dense target in at least single precision
+    eps, # Smoothing strength: a number or one per class
+    received:Tensor, # What each class receives of the moved mass, of the shape of `q`
+    log_probs, # Gives log p of the logits, for the formula
+    axis:int, # Class dimension, not negative
+    weight:Tensor|None, # Class weights (K,)
+    weight_by:str, # 'class' or 'example'
+    reduction:str, # 'mean', 'sum' or 'none'
+)->Tensor: # Loss
+    "Cross entropy smoothed by a distribution, by the path that suits"
+    if weight is None and not received.requires_grad and gpu_takes(logits, q, 0., axis, None, weight_by, reduction):
+        return gpu_cross_entropy(logits, q - q*per_class(eps, q, axis) + received, 0., axis, None, weight_by, None, reduction)
+    return cross_entropy_of_log_probs(log_probs(), q, eps, axis, weight, weight_by, None, reduction, received)
 
 # %% ../../nbs/23_kernels.paths.ipynb #0afbe3f8
 def smooth_cross_entropy(
@@ -61,15 +134,33 @@ def smooth_cross_entropy(
     reduction:str='mean', # 'mean' over the weighted mass of the unsmoothed target, 'sum' or 'none' (one loss per position)
 )->Tensor: # Loss: 0-d, or (N, *) for 'none'
     "Cross entropy with uniform label smoothing, of index, dense or mixed targets. Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
-    eps = check_eps(eps)
-    logits, axis = in_single_precision(logits), check_axis(logits, axis)
+    eps, axis = check_eps(eps), check_axis(logits, axis)
     check_class_weight(weight)
     return cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
 
 # %% ../../nbs/23_kernels.paths.ipynb #4429e94f
+def single_like(
+    logits:Tensor # Logits
+)->Tensor: # One number, repeated
+    "A tensor of the shape and device of the logits in at least single precision, without memory of its own"
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.empty((), dtype=dtype, device=logits.device).expand(logits.shape)
+
+def binary_entries(
+    logits:Tensor, # Logits as the model made them
+    target, # Multi-hot, dense, index or mixed target
+    axis:int, # Class dimension
+)->tuple: # Logits and target for `binary_cross_entropy`, and whether the target was given as indices
+    "Logits and target as they are where the kernels of a GPU take them, else in single precision and dense. A shape that does not fit: ValueError"
+    if isinstance(target, Tensor) and logits.ndim and gpu_takes_binary(logits, target, None, None, 'mean', 0., 1., axis % logits.ndim):
+        y = as_entries(base_tensor(target), logits.shape, axis % logits.ndim)
+        return base_tensor(logits), y, y.ndim < logits.ndim
+    logits = in_single_precision(logits)
+    return logits, *binary_target(logits, target, axis)
+
 def binary_cross_entropy(
-    logits:Tensor, # Logits in at least single precision
-    target:Tensor, # Target of the same shape, nan where unknown
+    logits:Tensor, # Logits from `binary_entries`
+    target:Tensor, # Target from there: of the same shape, nan where unknown
     weight:Tensor|None, # Factor, broadcast against the logits
     pos_weight:Tensor|None, # Factor of the positive term, broadcast against the logits
     reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the classes, then the mean over the rows
@@ -78,6 +169,12 @@ def binary_cross_entropy(
     axis:int=-1, # Class dimension, for 'classes'
 )->Tensor: # Loss
     "Binary cross entropy of the known entries of the smoothed target, by the path that suits"
+    if logits.ndim:
+        request = target, weight, pos_weight, reduction, off, on, axis % logits.ndim
+        if gpu_takes_binary(logits, *request): return gpu_binary_cross_entropy(logits, *request)
+    if logits.is_cuda: # with weights that are not for the kernels
+        logits = in_single_precision(logits)
+        target, _ = binary_target(logits, target, axis)
     formula = lambda z: binary_cross_entropy_of_logits(z, target, weight, pos_weight, reduction, off, on, axis)
     simple = weight is None and pos_weight is None and reduction in ('mean', 'sum', 'classes') and not isinstance(off, Tensor) and not isinstance(on, Tensor)
     if path_of(logits, None, target, simple) == 'formula' or (reduction == 'classes' and not logits.ndim): return formula(logits)
@@ -99,7 +196,7 @@ def smooth_binary_cross_entropy(
     "Binary cross entropy with label smoothing, of multi-hot, dense, index or mixed targets"
     check_choice(reduction, REDUCTIONS, 'reduction')
     check_class_weight(weight), check_class_weight(pos_weight, 'pos_weight')
-    logits = in_single_precision(logits)
     axis = class_axis(logits, axis)
-    y, _ = binary_target(logits, target, axis)
-    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *binary_levels(eps, convention, None, None, y, axis), axis)
+    logits, y, _ = binary_entries(logits, target, axis)
+    levels = binary_levels(eps, convention, None, None, single_like(logits), axis)
+    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *levels, axis)

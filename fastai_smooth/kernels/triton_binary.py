@@ -7,13 +7,13 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.triton_binary.html.m
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/21b_kernels.triton_binary.ipynb #62305514
+# %% ../../nbs/21b_kernels.triton_binary.ipynb #e9db7aea
 import triton
 import triton.language as tl
 
 from .triton_softmax import finish
 
-# %% ../../nbs/21b_kernels.triton_binary.ipynb #106ad96c
+# %% ../../nbs/21b_kernels.triton_binary.ipynb #b0bdac7e
 @triton.jit
 def coordinates(i, n1, n2, DIMS: tl.constexpr):
     "Coordinates of entries numbered in the order of memory"
@@ -42,7 +42,7 @@ def smoothed_label(y, off, on, yi, offi, oni, column, flags, call, n1, inside, I
     high = tl.load(on + oni, mask=inside, other=0).to(tl.float32) if ON_AT else value*0 + on
     return low + (high - low)*value, known
 
-# %% ../../nbs/21b_kernels.triton_binary.ipynb #601fe5d0
+# %% ../../nbs/21b_kernels.triton_binary.ipynb #f578061c
 @triton.jit(do_not_specialize=['call'])
 def binary_forward(z, y, w, pw, off, on, given, rows, sums, out, result, flags, call, n, n1, n2, z0, z1, z2, y0, y1, y2, w0, w1, w2, p0, p1, p2,
                    f0, f1, f2, o0, o1, o2, INDEX: tl.constexpr, MEAN: tl.constexpr, ALONE: tl.constexpr, OFF_AT: tl.constexpr, ON_AT: tl.constexpr,
@@ -72,7 +72,7 @@ def binary_forward(z, y, w, pw, off, on, given, rows, sums, out, result, flags, 
             tl.store(sums + pid, total)
             tl.store(sums + tl.num_programs(0) + pid, count)
 
-# %% ../../nbs/21b_kernels.triton_binary.ipynb #4b873279
+# %% ../../nbs/21b_kernels.triton_binary.ipynb #0f85eccf
 @triton.jit
 def binary_backward(z, y, w, pw, off, on, result, up, g, n, n1, n2, z0, z1, z2, y0, y1, y2, w0, w1, w2, p0, p1, p2, f0, f1, f2, o0, o1, o2,
                     g0, g1, g2, u0, u1, u2, INDEX: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, OFF_AT: tl.constexpr, ON_AT: tl.constexpr,
@@ -94,6 +94,6 @@ def binary_backward(z, y, w, pw, off, on, result, up, g, n, n1, n2, z0, z1, z2, 
     else: incoming = tl.load(up).to(tl.float32)
     if MEAN:
         count = tl.load(result)
-        incoming = tl.where(count > 0, incoming/count, 0.)
+        incoming = tl.where(count == 0, 0., incoming/count)
     d = tl.where(known, d*incoming, 0.)
     tl.store(g + (i if FLAT else c0*g0 + c1*g1 + c2*g2), d.to(g.dtype.element_ty), mask=inside)

@@ -7,11 +7,11 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.triton_softmax.html.
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #81e73274
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #66de2637
 import triton
 import triton.language as tl
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #48094cd2
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #80b18365
 @triton.jit
 def class_values(v, k, K, AXIS: tl.constexpr):
     "The values of the classes `k` of a vector, 0 beyond the last class"
@@ -22,7 +22,7 @@ def times(coefficient, value):
     "Their product, where 0 times inf or nan is 0: a class without a coefficient costs nothing, even if its logit is -inf"
     return tl.where((coefficient == 0) & ~(tl.abs(value) < float('inf')), 0., coefficient*value)
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #0c090c5e
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #9f0741e2
 @triton.jit
 def component(y, c, at, w, es, eps, flags, call, ignore, K, inside, HAS_IGNORE: tl.constexpr, REPORT: tl.constexpr):
     "Label, coefficient, smoothing strength and class weight of one component of a mixture"
@@ -43,11 +43,11 @@ def component(y, c, at, w, es, eps, flags, call, ignore, K, inside, HAS_IGNORE: 
     weight = mass*0 + 1 if w is None else tl.load(w + label).to(tl.float32)
     return label, mass, e, weight
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #4436b33d
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #13205419
 @triton.jit
 def finish(out, result, loss, known, MEAN: tl.constexpr):
     "Write the reduced loss and what it was divided by. Nothing to divide by gives 0, nan stays nan"
-    if MEAN: loss = tl.where((known > 0) | (known != known), loss/known, 0.)
+    if MEAN: loss = tl.where(known == 0, 0., loss/known)
     tl.store(out, loss)
     tl.store(result, known)
 
@@ -128,7 +128,7 @@ def softmax_forward(z, y, c, w, es, eps, rows, stats, sums, out, result, flags, 
             tl.store(sums + pid, loss)
             tl.store(sums + tl.num_programs(0) + pid, known)
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #503f4e3f
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #b0bef0dc
 @triton.jit
 def add_up(sums, out, result, given, n, MEAN: tl.constexpr, SIZE: tl.constexpr):
     "The second stage of the sums over all programs, always in the same order. `given` is a denominator that is no such sum"
@@ -139,7 +139,7 @@ def add_up(sums, out, result, given, n, MEAN: tl.constexpr, SIZE: tl.constexpr):
         known += tl.load(sums + n + i, mask=i < n, other=0).to(tl.float64)
     finish(out, result, tl.sum(loss, 0).to(tl.float32), tl.sum(known, 0).to(tl.float32) if given is None else tl.load(given), MEAN)
 
-# %% ../../nbs/21a_kernels.triton_softmax.ipynb #64c61fd4
+# %% ../../nbs/21a_kernels.triton_softmax.ipynb #951af3c4
 @triton.jit(do_not_specialize=['ignore'])
 def softmax_backward(z, y, c, w, es, eps, stats, result, up, g, ignore, K, B, n_blocks, n, za, zk, zb, ya, yk, yb, ca, ck, cb, ga, gk, gb, ua, ub,
                      M: tl.constexpr, BY_CLASS: tl.constexpr, BY_EXAMPLE: tl.constexpr, HAS_IGNORE: tl.constexpr, MEAN: tl.constexpr,
@@ -155,7 +155,7 @@ def softmax_backward(z, y, c, w, es, eps, stats, result, up, g, ignore, K, B, n_
     else: incoming = tl.zeros([P], tl.float32) + tl.load(up).to(tl.float32)
     if MEAN:
         known = tl.load(result)
-        incoming = tl.where((known > 0) | (known != known), incoming/known, 0.)
+        incoming = tl.where(known == 0, 0., incoming/known)
     mean_weight = 1.0
     if BY_CLASS and not SINGLE: mean_weight = tl.load(result + 1)
     alpha, moved, mass, weighted = tl.zeros([P], tl.float32), tl.zeros([P], tl.float32), tl.zeros([P], tl.float32), tl.zeros([P], tl.float32)

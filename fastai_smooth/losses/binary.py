@@ -11,7 +11,7 @@ __all__ = ['LabelSmoothingBCE']
 import torch
 from torch import Tensor
 
-from ..kernels import binary_cross_entropy, class_axis, in_single_precision
+from ..kernels import binary_cross_entropy, binary_entries, class_axis, in_single_precision, single_like
 from .softmax import SmoothingLoss
 from ..targets import BINARY_CONVENTIONS, binary_levels, binary_target, check_choice, check_eps
 
@@ -46,11 +46,13 @@ class LabelSmoothingBCE(SmoothingLoss):
         target:Tensor, # Multi-hot or dense target of the same shape (nan: unknown), indices (N,), or mixed target
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or the shape of `pred` for reduction 'none'
         "Smoothed binary cross entropy. Shapes or labels that do not fit: ValueError"
-        logits = in_single_precision(pred)
-        axis = class_axis(logits, self.axis)
-        y,was_index = binary_target(logits, target, axis)
+        axis = class_axis(pred, self.axis)
+        if self.target_threshold is None: logits,y,was_index = binary_entries(pred, target, axis)
+        else:
+            logits = in_single_precision(pred)
+            y,was_index = binary_target(logits, target, axis)
         convention = self.convention or ('uniform' if was_index else 'half')
-        off,on = binary_levels(self.eps, convention, self.eps_pos, self.eps_neg, y, axis)
+        off,on = binary_levels(self.eps, convention, self.eps_pos, self.eps_neg, single_like(logits), axis)
         if self.target_threshold is not None:
             y = torch.where(y.isnan(), y, (off+(on-off)*y > self.target_threshold).to(y.dtype))
             off,on = 0.,1.

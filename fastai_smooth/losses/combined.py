@@ -13,7 +13,7 @@ from types import BuiltinFunctionType, FunctionType
 import torch
 from torch import Tensor, nn
 
-from ..kernels import REDUCTIONS, in_single_precision, reduce
+from ..kernels import REDUCTIONS, in_single_precision, reduce, without_ignored
 from .binary import LabelSmoothingBCE
 from .overlap import LabelSmoothingDice
 from .settings import loss_settings
@@ -256,6 +256,7 @@ class EachClass(nn.Module):
         if not is_mixed(target) and not target.is_floating_point(): return self.loss(pred, target)
         axis = check_axis(pred, self.axis)
         q = dense_target(target, pred, axis, self.ignore_index)
+        pred = without_ignored(pred, q, axis, None)
         weight = loss_settings(self.loss).weight # the values of the loss contain it, the mean has to divide by it
         weight = weight.to(q) if isinstance(weight, Tensor) and weight.shape == q.shape[axis:axis+1] else q.new_ones(q.shape[axis])
         old,value,known = self.loss.reduction,0.,0.

@@ -56,5 +56,5 @@ def loss_settings(
     if len(ignored) > 1: raise ValueError(f"The parts of {loss!r} ignore different labels, {sorted(map(str, ignored))}: give all the same ignore_index.")
     first = {name: next(iter(found), None) for name, found in values.items()}
     sizes = [len(v) for name in ('weight', 'pos_weight', 'eps') for v in settings_of(loss, name) if isinstance(v, Tensor) and v.ndim == 1 and len(v) > 1]
-    sizes += [n for dist in settings_of(loss, 'dist') if isinstance(n := getattr(dist, 'n_classes', None), int)]
+    sizes += [dist.n_classes for dist in settings_of(loss, 'dist') if getattr(dist, 'n_classes', None) is not None]
     return LossSettings(first['axis'], next(iter(ignored)) if ignored else -100, first['convention'], first['weight'], sizes[0] if sizes else None)

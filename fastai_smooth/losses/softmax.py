@@ -14,8 +14,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from ..kernels import (REDUCTIONS, check_class_weight, cross_entropy, cross_entropy_of_log_probs, in_single_precision, log_softmax,
-                                   without_ignored)
+from ..kernels import (REDUCTIONS, check_class_weight, cross_entropy, cross_entropy_of_log_probs, cross_entropy_with, in_single_precision,
+                                   log_softmax, single_like, without_ignored)
 from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_dist, check_eps, check_probabilities, dense_target,
                                    per_class, to_dense, uniform_eps)
 
@@ -118,17 +118,19 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy. Shapes or labels that do not fit: ValueError"
-        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
+        axis = check_axis(pred, self.axis)
         args = (axis, self.weight, self.weight_by, self.ignore_index, self.reduction)
         if self.dist is None:
             eps = uniform_eps(self.eps, self.convention, pred.shape[axis])
-            if self.fast: return cross_entropy(logits, target, eps, *args)
-            return cross_entropy_of_log_probs(self.log_probs(without_ignored(logits, target, axis, self.ignore_index), axis), target, eps, *args)
+            if self.fast: return cross_entropy(pred, target, eps, *args)
+            logits = without_ignored(in_single_precision(pred), target, axis, self.ignore_index)
+            return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args)
         check_dist(self.dist, self.convention)
-        q = dense_target(target, logits, axis, self.ignore_index)
-        log_probs = self.log_probs(without_ignored(logits, q, axis, None), axis)
+        q = dense_target(target, single_like(pred), axis, self.ignore_index)
         received = self.dist(q*per_class(self.eps, q, axis), axis=axis, logits=pred, inputs=inputs)
-        return cross_entropy_of_log_probs(log_probs, q, self.eps, *args, received)
+        log_probs = lambda: self.log_probs(without_ignored(in_single_precision(pred), q, axis, None), axis)
+        if self.fast: return cross_entropy_with(pred, q, self.eps, received, log_probs, axis, self.weight, self.weight_by, self.reduction)
+        return cross_entropy_of_log_probs(log_probs(), q, self.eps, *args, received)
 
     def log_probs(self,
         pred:Tensor, # Logits in at least single precision
@@ -171,12 +173,13 @@ class MultiLabelSmoothingCrossEntropy(SoftmaxLoss):
         target:Tensor, # Multi-hot or soft target of the same shape, or indices (N, *)
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy with the positives of a row sharing its mass. Shapes or labels that do not fit: ValueError"
-        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
+        axis = check_axis(pred, self.axis)
+        dtype = single_like(pred).dtype
         y = target
-        if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(base_tensor(y).to(logits.dtype))
-        else: y = to_dense(y, pred.shape[axis], axis).to(logits.dtype)
+        if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(base_tensor(y).to(dtype))
+        else: y = to_dense(y, pred.shape[axis], axis).to(dtype)
         n = y.sum(axis, keepdim=True)
-        return cross_entropy(logits, y/n.where(n != 0, 1.), self.eps, axis, None, 'class', None, self.reduction)
+        return cross_entropy(pred, y/n.where(n != 0, 1.), self.eps, axis, None, 'class', None, self.reduction)
 
     def decodes(self,
         pred:Tensor # Probabilities

@@ -1,6 +1,9 @@
 "eps_find: the figures are those of separate trainings, and the learner stays as it was, bit for bit"
 import copy
+import itertools
 import random
+import re
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -141,13 +144,96 @@ def test_table_and_suggestion(capsys):
     assert by_accuracy.best == EPS[int(np.argmax(by_accuracy.table.accuracy))]
 
 
-@pytest.mark.parametrize('values, best, words', [
-    ([[.1]*5, [.2]*5], 0, 'no eps beats 0'), ([[.2, .3, .2, .3, .2], [.1, .2, .1, .2, .1]], .1, None),
-    ([[.2, .1, .2, .1, .2], [.1, .2, .1, .2, .15]], .1, 'do not agree')])
-def test_what_is_said(values, best, words):
-    parts = {e: [{'nll_ts': v} for v in vs] for e, vs in zip((0., .1), values)}
-    said = finder.verdict(finder.SuggestedEps(best, None), parts, 'nll_ts')
-    assert said is None if words is None else words in said
+def losses(gap, n=200, seed=0, strengths=EPS, scale=.6):
+    "Losses of each example whose mean is `gap[eps]` less than that of 0"
+    rng = np.random.default_rng(seed)
+    shared = rng.gamma(.5, .6, (n, 1))
+    return {float(e): shared + scale*rng.normal(size=(n, 1)) - gap.get(e, 0.) for e in strengths}
+
+
+def recommended(each, metric='nll_ts'):
+    scores = {e: v.mean() for e, v in each.items()}
+    return finder.recommend(min(scores, key=scores.get), scores, each, metric)
+
+
+def test_what_is_recommended_and_said():
+    eps, words = recommended(losses({.1: .4, .4: .4}, scale=.2))
+    assert eps in (.1, .4) and f'Recommended: {eps:g}' in words and 'corrected for 2 strengths' in words
+    eps, words = recommended(losses({.1: .4, .4: .9}))
+    assert eps == .4 and 'best by nll_ts is eps=0.4. Recommended: 0.4' in words
+    eps, words = recommended(losses({.1: -.5, .4: -.5}))
+    assert eps == 0 and words.startswith('no eps beats 0') and words.endswith('Recommended: 0.')
+    zero = losses({})[0.]
+    eps, words = recommended({0.: zero, .1: zero-.02+.6*np.resize([[1], [-1]], zero.shape), .4: zero+.5})
+    assert eps == 0 and 'no eps beats 0 by more than chance' in words and words.endswith('Recommended: 0.')
+    eps, words = recommended(losses({}, strengths=(.1, .4)))
+    assert eps in (.1, .4) and '0 is not among' in words
+    assert recommended(losses({}, strengths=(0,))) == (0., None)
+
+
+def test_p_values_are_those_of_all_swaps():
+    "Of eight examples, all 256 ways to swap, in loops"
+    each = losses({.1: .5, .4: .2}, n=8)
+    gains = {e: [(z-v).item() for z, v in zip(each[0.], each[e])] for e in (.1, .4)}
+    draws = [[np.mean([s*g for s, g in zip(signs, gains[e])]) for e in (.1, .4)] for signs in itertools.product((1, -1), repeat=8)]
+    spread = np.std(draws, 0)
+    largest = (np.array(draws)/spread).max(1)
+    got, error = finder.beats_zero(each, 4999)
+    for e, s in zip((.1, .4), spread):
+        assert got[e] == pytest.approx(np.mean(largest >= np.mean(gains[e])/s-1e-9), abs=.03)
+        assert error[e] == pytest.approx((s**2-np.mean(gains[e])**2/8)**.5, rel=.05)
+
+
+@pytest.mark.parametrize('metric', finder.SCORES)
+def test_contributions_sum_to_the_figure(metric):
+    z, y = torch.randn(60, 4), torch.randint(0, 4, (10, 6))
+    y[2, :4] = -100
+    predictions = Predictions.of(2*z.view(10, 6, 4).movedim(-1, 1), y, CrossEntropyLossFlat(axis=1))
+    name = metric.removesuffix('_ts')
+    figure = predictions.figures([name])[name]
+    sums = finder.contributions(predictions, metric).sum(0)/10
+    np.testing.assert_allclose(np.abs(sums).sum(), 1-figure if name == 'accuracy' else figure)
+    several = Predictions.of(z, torch.where(z < 1, (z > 0).float(), torch.nan), LabelSmoothingBCE(0.))
+    sums, figure = finder.contributions(several, metric).sum(0)/60, several.figures([name])[name]
+    np.testing.assert_allclose(np.abs(sums).sum(), 1-figure if name == 'accuracy' else figure, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('n, strengths', [(200, 7), (60, 2), (300, 13)])
+def test_false_recommendations_are_rare(n, strengths):
+    "Strengths that do not differ: one is recommended in 5% of the cases, however many there are"
+    grid = np.linspace(0, .5, strengths)
+    said = [min(finder.beats_zero(losses({}, n, seed, grid), 199)[0].values()) <= .05 for seed in range(200)]
+    assert np.mean(said) < .09
+
+
+@pytest.mark.slow
+def test_false_recommendations_of_calibration_errors_are_rare():
+    said = []
+    for seed in range(200):
+        g = torch.Generator().manual_seed(seed)
+        truth = 2*torch.randn(200, 4, generator=g)
+        y = torch.multinomial(truth.softmax(1), 1, generator=g)[:, 0]
+        models = {e: Predictions.of(truth+.5*torch.randn(200, 4, generator=g), y, CrossEntropyLossFlat()) for e in (0., .1, .2, .3)}
+        said.append(min(finder.beats_zero({e: finder.contributions(p, 'ece') for e, p in models.items()}, 199)[0].values()) <= .05)
+    assert np.mean(said) < .09
+
+
+def test_an_untrained_network_is_warned_about():
+    with pytest.warns(UserWarning, match='no better than chance'): make(frozen=False).eps_find((0, .1), show_plot=False)
+    learn = make(frozen=False)
+    with learn.no_logging(): learn.fit(8)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        learn.eps_find((0, .1), show_plot=False)
+        make().eps_find((0, .1), show_plot=False) # the body is frozen: it has been trained
+    assert not [w for w in said if 'chance' in str(w.message)]
+
+
+def test_what_is_printed_is_what_is_returned(capsys):
+    found = make().eps_find(EPS, n_epoch=3, show_plot=False)
+    said = capsys.readouterr().out
+    assert float(re.search(r'Recommended: ([\d.]+)[,.]', said)[1].rstrip('.')) == found.recommended
+    assert found.recommended in (0, *EPS)
 
 
 def test_figures_after_temperature_are_cross_fitted(monkeypatch):
@@ -161,7 +247,7 @@ def test_figures_after_temperature_are_cross_fitted(monkeypatch):
         total = sum(nn.functional.cross_entropy(p.z[f].double()/t, p.q[f].argmax(1), reduction='sum').item() for f, t in zip(folds, temperatures))
         assert row.nll_ts == pytest.approx(total/len(p), rel=1e-6)
         for f, t in zip(folds, temperatures):
-            rest = lambda t: nn.functional.cross_entropy(p.z[~f].double()/t, p.q[~f].argmax(1)).item()  # noqa: B023
+            rest = lambda t: nn.functional.cross_entropy(p.z[~f].double()/t, p.q[~f].argmax(1), reduction='sum').item() + np.log(t)**2/2  # noqa: B023
             assert rest(t) <= min(rest(t*1.02), rest(t/1.02))
 
 

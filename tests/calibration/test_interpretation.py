@@ -48,7 +48,8 @@ KINDS = pytest.mark.parametrize('kind', ['index', 'soft', 'log', 'several', 'mas
 def test_figures(kind):
     interp, p, q, _, binary = example(kind)
     got, expected = interp.metrics(n_boot=5), naive(p, q, binary)
-    assert isinstance(got, pd.Series) and list(got.index) == [f'{n}{s}' for n in NAMES for s in ('', '_low', '_high')] and got.dtype == np.float64
+    assert isinstance(got, pd.Series) and got.dtype == np.float64
+    assert list(got.index) == [*(f'{n}{s}' for n in NAMES for s in ('', '_low', '_high')), *(f'{n}_floor' for n in NAMES[2:6])]
     np.testing.assert_allclose(got[NAMES], [expected[n] for n in NAMES], atol=1e-6)
     assert all(0 <= got[f'{n}_low'] <= got[f'{n}_high'] for n in NAMES) and all(got[f'{n}_low'] < got[f'{n}_high'] for n in NAMES)
 
@@ -195,7 +196,7 @@ def test_no_errors():
 
 # -- pictures
 
-PLOTS = ['plot_reliability', 'plot_confidence', 'plot_risk_coverage']
+PLOTS = ['plot_reliability', 'plot_smooth', 'plot_confidence', 'plot_risk_coverage']
 
 
 @pytest.mark.parametrize('plot', PLOTS)
@@ -230,7 +231,7 @@ def test_reliability(kind, n_bins=7):
     np.testing.assert_allclose(np.sort(np.stack([gaps[:, 2], gaps[:, 2]+gaps[:, 3]], 1), 1), np.sort(np.stack([accuracy, confidence], 1), 1), atol=1e-9)
     numbers = sorted((t.get_position()[0], int(t.get_text())) for t in ax.texts if t.get_text().isdigit())
     np.testing.assert_allclose(numbers, np.stack([left+.5/n_bins, count], 1), atol=1e-9)
-    assert f'ECE {ece_loop(list(conf), list(right), n_bins):.3f}' in texts_of(ax)
+    assert any(t.startswith(f'ECE {ece_loop(list(conf), list(right), n_bins):.3f}\n') and 'if calibrated' in t for t in texts_of(ax))
     assert ax.get_xlim() == (0, 1) and ax.get_ylim() == (0, 1)
     low, high = np.array([s for c in ax.containers[2][2] for s in c.get_segments()])[:, :, 1].T
     if kind != 'soft':

@@ -1,5 +1,7 @@
 "Bootstrap intervals: whole examples are drawn, and the intervals hold what they should"
 import random
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from scipy.stats import binomtest
 
-from fastai_smooth.calibration import Predictions
-from fastai_smooth.calibration.intervals import intervals, wilson
+from fastai_smooth.calibration import Predictions, calibrated_error, calibration_test, intervals
+from fastai_smooth.calibration.intervals import wilson
+from fastai_smooth.losses import LabelSmoothingBCE
 
 NAMES = ['accuracy', 'nll', 'ece', 'adaptive_ece', 'classwise_ece', 'mce', 'brier', 'aurc']
 KINDS = pytest.mark.parametrize('kind', ['index', 'soft', 'several', 'mask'])
@@ -85,3 +88,62 @@ def test_a_single_example_and_no_bootstrap():
     assert got['nll_low'] == got['nll'] == got['nll_high']
     none = intervals(example_of_kind('index')[0], n_boot=0)
     assert np.isfinite([none[n] for n in NAMES]).all() and np.isnan([none[f'{n}_{e}'] for n in NAMES for e in ('low', 'high')]).all()
+
+
+# -- what a calibrated model would show
+
+def calibrated(n, seed=0, k=5):
+    g = torch.Generator().manual_seed(seed)
+    z = 2*torch.randn(n, k, generator=g)
+    return z, torch.multinomial(z.softmax(1), 1, generator=g)[:, 0]
+
+
+def test_the_error_of_a_calibrated_model_is_that_of_drawn_labels():
+    "For each metric, against figures of labels drawn with numpy"
+    z, _ = calibrated(150)
+    predictions = Predictions.of(3*z, z.argmin(1), CrossEntropyLossFlat())
+    names, rng, p = ['ece', 'adaptive_ece', 'classwise_ece', 'mce', 'smooth_ece'], np.random.default_rng(0), predictions.p.numpy()
+    got = calibrated_error(predictions, names)
+    drawn = [Predictions.of(3*z, torch.tensor([rng.choice(5, p=row/row.sum()) for row in p]), CrossEntropyLossFlat()).figures(names) for _ in range(60)]
+    for name in names:
+        each = [d[name] for d in drawn]
+        assert abs(got[name]-np.mean(each)) < 4*np.std(each)*(1/60+1/200)**.5
+    q = torch.full((40, 3), torch.nan)
+    q[:30, :2] = 1.
+    assert 0 < calibrated_error(Predictions.of(torch.randn(40, 3), q, LabelSmoothingBCE(.1)), ['ece'])['ece'] < .5
+
+
+def test_p_values():
+    z, y = calibrated(400)
+    p = z.softmax(1)
+    assert calibration_test((2*z).softmax(1), y) == 1/1000 and calibration_test(p, y) > .02
+    assert calibration_test(p, y, 99) == calibration_test(p.numpy(), y.numpy(), 99)
+    multi, answers = torch.rand(200, 3), torch.full((200, 3), torch.nan)
+    answers[:, 0] = torch.bernoulli(multi[:, 0])
+    assert calibration_test(multi, answers, 99) == calibration_test(multi[:, 0], answers[:, 0], 99)
+    for bad, labels in ((z, y), (p, y[:5]), (p, y+1), (multi, answers*torch.nan)):
+        with pytest.raises(ValueError): calibration_test(bad, labels)
+
+
+def false_alarms(n, runs, draws):
+    data = (calibrated(n, seed) for seed in range(runs))
+    return np.mean([calibration_test(z.softmax(1), y, draws, seed=seed) < .05 for seed, (z, y) in enumerate(data)])
+
+
+def test_few_false_alarms():
+    assert false_alarms(500, 200, 99) < .1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n', [500, 5000])
+def test_false_alarms_are_five_percent(n):
+    assert false_alarms(n, 1000, 199) == pytest.approx(.05, abs=.015)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n', [200, 1000])
+def test_intervals_hold_the_truth_as_often_as_they_say(n):
+    benchmark = runpy.run_path(str(Path(__file__).parents[1]/'benchmarks'/'coverage.py'))
+    for sharpness, factor in benchmark['MODELS'].values():
+        held = benchmark['coverage'](n, sharpness, factor, runs=150)
+        assert all(.9 <= v <= .99 for v in held.values()), held

@@ -23,7 +23,7 @@ from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from fastai_smooth.callback import LabelSmoothing, OneOf
-from fastai_smooth.calibration import AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE
+from fastai_smooth.calibration import AUGRC, AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, DebiasedCE, SmoothECE
 from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingNLL
 
 
@@ -163,9 +163,92 @@ def test_a_nan_where_nothing_is_known_does_no_harm():
     np.testing.assert_allclose(values(z, q, some, LabelSmoothingBCE(.1)), clean)
 
 
+def test_a_class_that_is_ruled_out_has_no_part_in_the_norm():
+    z, y = example(60)
+    z[:, 3] = -math.inf
+    y = y.clamp(max=2)
+    got = values(z, y, [AURC('logit_norm'), AURC('logit_norm', 4)])
+    right = (z.argmax(1) == y).double().tolist()
+    np.testing.assert_allclose(got, [aurc_loop([float(r.max()/np.linalg.norm(r, o)) for r in z[:, :3].double().numpy()], right) for o in (2, 4)], atol=1e-9)
+
+
+# -- without bins, and without chance
+
+def smooth_loop(f, y, sigma, n=4000):
+    "The mean size of the gaps, smoothed by a Gaussian kernel with its images at 0 and 1, as a sum over the examples"
+    t = (np.arange(n)+.5)/n
+    smoothed = np.zeros(n)
+    for a, b in zip(f, y):
+        for place in (a, -a, 2-a): smoothed += (a-b)*np.exp(-(t-place)**2/(2*sigma**2))/(math.sqrt(2*math.pi)*sigma)
+    return np.abs(smoothed).mean()/len(f)
+
+
+@pytest.mark.parametrize('scale', [1., 3.])
+def test_smooth_ece_is_its_own_width(scale):
+    z, y = example(150, scale=scale)
+    got = values(z, y, [SmoothECE()])[0]
+    p = z.double().softmax(1)
+    f, right = p.max(1)[0].numpy(), (p.argmax(1) == y).double().numpy()
+    low, high = 0., 1.
+    for _ in range(30): low, high = (low, (low+high)/2) if smooth_loop(f, right, (low+high)/2, 1000) < (low+high)/2 else ((low+high)/2, high)
+    assert got == pytest.approx(smooth_loop(f, right, high), abs=4e-3) # relplot's kernel, which this is, ends at 1/2
+
+
+@pytest.mark.parametrize('n, scale', [(60, 3.), (3000, 1.)])
+def test_smooth_ece_is_that_of_relplot(n, scale):
+    relplot = pytest.importorskip('relplot')
+    z, y = example(n, scale=scale)
+    p = z.double().softmax(1)
+    assert values(z, y, [SmoothECE()], bs=64)[0] == pytest.approx(relplot.smECE(p.max(1)[0].numpy(), (p.argmax(1) == y).double().numpy()), abs=1e-6)
+
+
+@pytest.mark.parametrize('n', [7, 40, 400])
+def test_debiased_ce_against_a_loop(n):
+    z, y = example(n)
+    p = z.double().softmax(1)
+    f, right = p.max(1)[0].numpy(), (p.argmax(1) == y).double().numpy()
+    total, order = 0., np.argsort(f)
+    for part in np.array_split(order, 15):
+        if len(part) > 1:
+            mean = right[part].mean()
+            total += len(part)/n*((f[part].mean()-mean)**2 - mean*(1-mean)/(len(part)-1))
+    assert values(z, y, [DebiasedCE()])[0] == pytest.approx(max(total, 0)**.5, abs=1e-9)
+
+
+def test_the_debiased_error_of_calibrated_models_averages_to_zero():
+    "Before the root is taken: half of the estimates are below 0"
+    zeros = 0
+    for seed in range(60):
+        z = 2*torch.randn(300, 4, generator=torch.Generator().manual_seed(seed))
+        zeros += values(z, torch.distributions.Categorical(logits=z).sample(), [DebiasedCE()], bs=300)[0] == 0
+    assert 15 < zeros < 50
+
+
+def test_augrc_is_the_trapezoid_under_the_generalised_risk():
+    z, y = example(80)
+    p = z.double().softmax(1)
+    wrong = (p.argmax(1) != y).double().numpy()[np.argsort(-p.max(1)[0].numpy())]
+    curve = [wrong[:k].sum()/80 for k in range(1, 81)]
+    area = sum((a+b)/2 for a, b in zip(curve[:-1], curve[1:]))/79
+    assert values(z, y, [AUGRC()])[0] == pytest.approx(area, abs=1e-9)
+    assert AUGRC().name == 'augrc' and AUGRC('logit_norm').name == 'augrc_logit_norm'
+
+
+def test_new_metrics_of_several_labels_and_masks():
+    z, q = torch.randn(50, 3), (torch.rand(50, 3) < .4).float()
+    q[::7, 1] = math.nan
+    known = ~q.isnan()
+    flat = values(z[known][:, None], q[known][:, None], [SmoothECE(), DebiasedCE(), AUGRC()], LabelSmoothingBCE(.1))
+    np.testing.assert_allclose(values(z, q, [SmoothECE(), DebiasedCE(), AUGRC()], LabelSmoothingBCE(.1)), flat, atol=1e-9)
+    z, y = example(24)
+    mask = values(z.view(6, 2, 2, 4).movedim(-1, 1), y.view(6, 2, 2), [SmoothECE(), DebiasedCE(), AUGRC()], CrossEntropyLossFlat(axis=1))
+    np.testing.assert_allclose(mask, values(z, y, [SmoothECE(), DebiasedCE(), AUGRC()]), atol=1e-9)
+
+
 def test_fewer_examples_than_bins():
     z, y = example(3)
     np.testing.assert_allclose(values(z, y, [m() for m in ALL]), expected(z, torch.eye(4)[y]), atol=1e-9)
+    assert all(math.isfinite(v) for v in values(z[:1], y[:1], [SmoothECE(), DebiasedCE(), AUGRC()]))
 
 
 def test_act_where_the_loss_does_not_say():
@@ -192,13 +275,13 @@ def test_masks_of_any_number_need_no_memory():
     "Sums per bin only"
     metric = ECE()
     metric.reset()
-    learn = type('Learn', (), dict(to_detach=staticmethod(lambda t: t), loss_func=CrossEntropyLossFlat(axis=1)))()
+    learn = type('Learn', (), dict(to_detach=staticmethod(lambda t, cpu: t), loss_func=CrossEntropyLossFlat(axis=1)))()
     sizes = []
     for _ in range(3):
         learn.pred, learn.y = torch.randn(1, 3, 64, 64), torch.randint(0, 3, (1, 64, 64))
         metric.accumulate(learn)
         sizes.append(sum(v.numel() for v in vars(metric).values() if isinstance(v, torch.Tensor)))
-    assert sizes == [45, 45, 45] and metric.n == 3*64*64
+    assert sizes[0] == sizes[2] < 60 and metric.n == 3*64*64
 
 
 @pytest.mark.parametrize('loss, cbs', [

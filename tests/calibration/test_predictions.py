@@ -1,5 +1,6 @@
 "Rows of a data set: what losses and activations are understood, and what a learner says without being touched"
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,8 +25,10 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.loss import LabelSmoothingCrossEntropy as TimmLabelSmoothing
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
-from fastai_smooth.calibration import Predictions, TemperatureScaling, gather
+from fastai_smooth.calibration import ECE, Predictions, TemperatureScaling, gather
+from fastai_smooth.calibration.predictions import Collect
 from fastai_smooth.losses import (CombinedLoss, EachClass, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingNLL, LogitPenalty)
 
 # -- what a loss says
@@ -103,6 +106,74 @@ def test_probabilities_of_exclusive_classes_sum_to_one_or_are_refused(loss):
     try: p = Predictions.of(z, y, loss).p
     except ValueError: return
     np.testing.assert_allclose(p, softmax(z.double().numpy(), 1).transpose(0, 2, 3, 1).reshape(-1, 4), atol=1e-6)
+
+
+class Wrapped(nn.Module):
+    "A wrapper of one's own"
+    def __init__(self, loss): super().__init__(); self.loss = loss
+
+    def forward(self, pred, target): return self.loss(pred, target)
+
+
+@pytest.mark.parametrize('wrap', [LogitPenalty, lambda loss: CombinedLoss(loss, loss), Wrapped, lambda loss: Wrapped(LogitPenalty(loss))],
+                         ids=['penalty', 'combined', 'own', 'twice'])
+@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropy(.1, axis=1, ignore_index=255), nn.CrossEntropyLoss(ignore_index=255)], ids=['ours', 'torch'])
+def test_settings_are_found_through_wrappers(wrap, loss):
+    if wrap is LogitPenalty and isinstance(loss, nn.CrossEntropyLoss): loss = LabelSmoothingCrossEntropy(0., axis=1, ignore_index=2)
+    ignore = loss.ignore_index
+    z, y = torch.randn(4, 3, 2, 2), torch.randint(0, 3, (4, 2, 2))
+    y[:, 0] = ignore
+    try: wrapped = wrap(loss)
+    except TypeError: pytest.skip('takes our losses only')
+    p = Predictions.of(z, y, wrapped)
+    kept = y != ignore
+    np.testing.assert_allclose(p.p, softmax(z.movedim(1, -1)[kept].double().numpy(), 1), atol=1e-6)
+    assert torch.equal(p.q.argmax(1), y[kept])
+
+
+@pytest.mark.parametrize('loss', [LabelSmoothingBCE(.1), nn.BCEWithLogitsLoss(), CombinedLoss(LabelSmoothingBCE(.1), LabelSmoothingBCE(0.))],
+                         ids=['ours', 'torch', 'combined'])
+def test_the_labels_of_a_mask_are_at_axis_one(loss):
+    z, y = torch.randn(5, 3, 4, 4), (torch.rand(5, 3, 4, 4) < .5).float()
+    p = Predictions.of(z, y, loss)
+    assert torch.equal(p.z, z.movedim(1, -1).reshape(-1, 3)) and torch.equal(p.q.float(), y.movedim(1, -1).reshape(-1, 3))
+
+
+class OnAppleGPU(torch.Tensor):
+    "A tensor that says it is on an Apple GPU, and refuses float64 as that does"
+    @staticmethod
+    def __new__(cls, inner): return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device='mps', strides=inner.stride())
+
+    def __init__(self, inner): self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        inner = lambda v: v.inner if isinstance(v, cls) else torch.device('cpu') if isinstance(v, torch.device) else v
+        to_cpu = str(func).startswith('aten._to_copy') and (kwargs or {}).get('device') == torch.device('cpu')
+        out = func(*tree_map(inner, args), **tree_map(inner, kwargs or {}))
+        if to_cpu or not isinstance(out, torch.Tensor): return out
+        if out.dtype == torch.float64: raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+        return cls(out)
+
+
+@pytest.mark.parametrize('kind', ['index', 'dense', 'several'])
+def test_where_there_is_no_float64_the_cpu_computes(kind):
+    z, y = several(20) if kind == 'several' else single(20)
+    if kind == 'dense': y = F.one_hot(y, 4).float()
+    loss = BCEWithLogitsLossFlat() if kind == 'several' else LabelSmoothingCrossEntropy(0.)
+    with pytest.raises(TypeError, match='float64'): OnAppleGPU(z).double()
+    expected = Predictions.of(z, y, loss).figures()
+    there = OnAppleGPU(z), OnAppleGPU(y)
+    assert Predictions.of(*there, loss).figures() == expected
+    collect = Collect(None, 2**20)
+    collect.learn = SimpleNamespace(loss_func=loss, n_iter=1)
+    collect.start()
+    collect.keep(*there)
+    assert Predictions.of_rows(collect.all_rows()).figures() == expected
+    metric = ECE()
+    metric.reset()
+    metric.accumulate(SimpleNamespace(pred=there[0], y=there[1], loss_func=loss, to_detach=lambda t, cpu: t))
+    assert metric.value == expected['ece']
 
 
 # -- rows, scaled

@@ -43,7 +43,7 @@ from fastai_smooth.calibration.temperature import folds_of, nll_split
 from fastai_smooth.data import array_dls, digits_arrays, stratified_split
 from fastai_smooth.losses import (CombinedLoss, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingFocal, LabelSmoothingNLL, LogitPenalty,
                                   MultiLabelSmoothingCrossEntropy)
-from fastai_smooth.recipes import small_convnet
+from fastai_smooth.data import small_convnet
 
 ROOT = Path(__file__).resolve().parents[2]
 

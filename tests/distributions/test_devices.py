@@ -124,6 +124,7 @@ class Smoothed(nn.Module):
         return .9*q + .1*self.dist(q, logits=z, inputs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dist', [*everyone(), Spatial()], ids=lambda d: type(d).__name__)
 def test_compile_without_a_break_and_export(dist):
     y, z, x = torch.tensor([0, 1, 3, -100, 2]), torch.randn(5, K), torch.randn(5, 3)
@@ -135,6 +136,7 @@ def test_compile_without_a_break_and_export(dist):
     torch.testing.assert_close(torch.export.export(model, (y, z, x)).module()(y, z, x), expected)
 
 
+@pytest.mark.slow
 def test_online_learns_the_same_where_no_rows_can_be_picked_out():
     z, y = 3*torch.randn(6, 40, K), torch.randint(-1, K, (6, 40))
     z[0, 0, 0], z[0, 1, 1] = torch.nan, torch.inf

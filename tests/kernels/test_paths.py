@@ -1,8 +1,11 @@
 "The choice of the path: what decides it, and that nothing is caught on the way"
+import math
+
 import pytest
 import torch
 
 import fastai_smooth.kernels.cpu as cpu
+import fastai_smooth.kernels.paths as paths
 from fastai_smooth.kernels import (
     smooth_binary_cross_entropy,
     smooth_binary_cross_entropy_reference,
@@ -21,20 +24,84 @@ def close(a, b, tol=1e-6): torch.testing.assert_close(a, b, rtol=tol, atol=tol, 
 def batch(dtype=torch.float64): return torch.randn(6, K, dtype=dtype), torch.randint(0, K, (6,))
 
 
-def test_what_takes_the_formula(calls):
+def test_what_takes_which_path(calls):
     z, y = batch()
     w = torch.ones(K, dtype=z.dtype)
-    smooth_cross_entropy(z, y)
-    assert calls == ['cpu']
-    smooth_cross_entropy(z, y, weight=w), smooth_cross_entropy(z, y, reduction='none'), smooth_cross_entropy(z, y, [.1]*K), smooth_cross_entropy(z[:0], y[:0])
-    q = torch.rand(6, K, dtype=z.dtype, requires_grad=True)
-    smooth_cross_entropy(z, q).backward()
-    smooth_binary_cross_entropy(z, q.detach(), weight=w), smooth_binary_cross_entropy(z, q.detach(), reduction='none')
-    assert set(calls[1:]) == {'formula'} and len(calls) == 8 and q.grad is not None
+    q = torch.rand(6, K, dtype=z.dtype)
+    smooth_cross_entropy(z, y), smooth_cross_entropy(z, q), smooth_cross_entropy(z.half(), y), smooth_binary_cross_entropy(z, q)
+    assert calls == ['cpu']*4
+    calls.clear()
+    smooth_cross_entropy(z, y, weight=w), smooth_cross_entropy(z, y, reduction='none'), smooth_cross_entropy(z.to('meta'), y.to('meta'))
+    assert calls == ['torch']*3
+    calls.clear()
+    smooth_cross_entropy(z, y, [.1]*K), smooth_cross_entropy(z[:0], y[:0]), smooth_cross_entropy(z, y, weight=w, weight_by='example')
+    smooth_cross_entropy(z, q, weight=w), smooth_cross_entropy(z, q, reduction='none'), smooth_cross_entropy(z.to('meta'), q.to('meta'))
+    smooth_binary_cross_entropy(z, q, weight=w), smooth_binary_cross_entropy(z, q, reduction='none')
+    smooth_cross_entropy(z, q.requires_grad_()).backward()
+    assert set(calls) == {'formula'} and len(calls) == 9 and q.grad is not None
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(z, torch.ones_like(z))
         assert torch.autograd.forward_ad.unpack_dual(smooth_cross_entropy(dual, y)).tangent is not None
     assert calls[-1] == 'formula'
+
+
+@pytest.mark.parametrize('weight', [None, torch.rand(K)+.1])
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('shape, axis', [((6, K), -1), ((4, K, 3, 2), 1), ((3, 5, K), -1), ((2, 3, K, 4), 2)])
+def test_torchs_own_loss(shape, axis, reduction, weight, calls):
+    "The numbers and gradients of the formula, with ignored labels, padding, classes that are ruled out, and nothing to learn from"
+    for eps, ignore_index in ((0., -100), (.1, 2), (1., None)):
+        z = torch.randn(shape, dtype=torch.float64)
+        y = torch.randint(0, K, z.select(axis, 0).shape)
+        if ignore_index is not None: y.view(-1)[::4] = ignore_index
+        results = []
+        for loss in (lambda x: paths.torch_cross_entropy(x, *paths.kept_entries(y.unsqueeze(axis), None, K, ignore_index, x.dtype), eps, axis % x.ndim, weight,
+                                                         reduction, None),
+                     lambda x: smooth_cross_entropy_reference(x, y, eps, axis=axis, weight=weight, ignore_index=ignore_index, reduction=reduction)):
+            x = z.clone().requires_grad_()
+            value = loss(x)
+            value.sum().backward()
+            results.append((value, x.grad))
+        for a, b in zip(*results): close(a, b, 1e-10)
+
+
+def test_torchs_own_loss_at_the_edge(calls):
+    z, y = batch()
+    w = torch.tensor([1., 2., 3., 4., 5., 6., 0.], dtype=z.dtype)
+    y[1] = -100
+    x = z.clone()
+    x[1] = math.nan
+    x.requires_grad_()
+    for kwargs in (dict(weight=w), dict(reduction='none'), dict(weight=w, reduction='none')):
+        x.grad = None
+        loss = smooth_cross_entropy(x, y, .1, **kwargs)
+        loss.sum().backward()
+        close(loss, smooth_cross_entropy_reference(z, y, .1, **kwargs))
+        assert (x.grad[1] == 0).all() and x.grad.isfinite().all()
+    assert smooth_cross_entropy(z, torch.full((6,), -100), weight=w) == 0 and smooth_cross_entropy(z, torch.full((6,), 6), weight=w, eps=0.) == 0
+    ruled_out = z.clone()
+    ruled_out[:, 6] = -math.inf
+    close(smooth_cross_entropy(ruled_out, y.clamp(max=5), weight=w), smooth_cross_entropy_reference(ruled_out, y.clamp(max=5), weight=w))
+    assert set(calls) == {'torch'}
+    y[0] = 9 # where values cannot be read
+    index, coefficient = y.unsqueeze(1).clamp(max=6), torch.tensor([math.nan, 0., 1., 1., 1., 1.], dtype=z.dtype)[:, None]
+    for reduction in ('mean', 'sum'): assert paths.torch_cross_entropy(z, index.clamp(min=0), coefficient, .1, 1, None, reduction, None).isnan()
+
+
+def test_the_gpu_kernels_get_what_the_model_made(monkeypatch):
+    "Logits in their own precision, labels as they came"
+    seen = []
+    for name in ('gpu_cross_entropy', 'gpu_binary_cross_entropy'):
+        monkeypatch.setattr(paths, name, lambda logits, target, *request: (seen.append((logits, target, *request)), logits.sum())[1])
+    for name in ('gpu_takes', 'gpu_takes_binary'): monkeypatch.setattr(paths, name, lambda *request: True)
+    z, y = batch(torch.bfloat16)
+    smooth_cross_entropy(z, y, .2, weight=torch.ones(K), reduction='none', axis=1)
+    logits, target, eps, axis, weight, *rest = seen.pop()
+    assert logits.dtype is torch.bfloat16 and target is y and (eps, axis) == (.2, 1) and weight.shape == (K,) and rest == ['class', -100, 'none']
+    with pytest.raises(ValueError, match='LabelSmoothingBCE'): smooth_cross_entropy(z[:, :1], torch.rand(6, 1))
+    smooth_binary_cross_entropy(z.float(), torch.rand(6, K), .2)
+    _, _, weight, pos_weight, reduction, off, on, axis = seen.pop()
+    assert weight is None and pos_weight is None and reduction == 'mean' and (off, on) == (.1, .9) and axis == 1
 
 
 @pytest.mark.parametrize('error', [RuntimeError, ArithmeticError, IndexError, torch.OutOfMemoryError])

@@ -10,7 +10,9 @@ import torch._dynamo.testing
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from fastai_smooth.kernels import gpu, smooth_cross_entropy_reference
+from fastai_smooth.distributions import ClassPrior
+from fastai_smooth.kernels import gpu, gpu_binary, paths, smooth_cross_entropy_reference
+from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, MultiLabelSmoothingCrossEntropy
 from fastai_smooth.targets import MixedTarget
 
 DEVICE = torch.device('cuda', 0) if torch.cuda.is_available() else torch.device('cpu')
@@ -114,6 +116,7 @@ def draw_problem(draw):
     elif memory == 'transposed': z = z.transpose(0, -1).contiguous().transpose(0, -1)
     kind = draw(st.sampled_from(['index', 'dense', 'mixed']))
     ignore_index = draw(st.sampled_from([-100, 0, None]))
+    if k == 1 and kind == 'dense': kind = 'index'  # a softmax over one column is an error there
     if kind == 'dense': target = torch.rand(shape).to(DEVICE)*(torch.rand(n, *[1]*(len(shape)-1)) > .3).to(DEVICE)
     elif kind == 'index': target = labels(k, n, *rest, ignored=.3 if ignore_index == -100 else 0)
     else: target, ignore_index = mixture(k, n, draw(st.integers(1, 4)), *rest, axis=axis), -100
@@ -249,20 +252,20 @@ def test_a_label_outside_the_classes(bad):
     loss = loss_of(z, y)
     loss.backward()
     assert (z.grad[1] == 0).all() and (z.grad[0] != 0).all()
-    with pytest.raises(ValueError, match=words): gpu.check_labels(DEVICE)
-    gpu.check_labels()  # once
+    with pytest.raises(ValueError, match=words): gpu.check_reported_labels(DEVICE)
+    gpu.check_reported_labels()  # once
     torch.testing.assert_close(loss, loss_of(z[[0, 2]], y[[0, 2]]))
     loss_of(z, y).item()
     with pytest.raises(ValueError, match=words): loss_of(z, labels(5, 3))
     check(z, labels(5, 3))
     mixed = MixedTarget(y[:, None], torch.ones(3, 1, device=DEVICE), 5)
     loss_of(z, mixed).item()
-    with pytest.raises(ValueError, match=f"Label {bad}"): gpu.check_labels()
+    with pytest.raises(ValueError, match=f"Label {bad}"): gpu.check_reported_labels()
 
 
 def test_a_label_is_no_error_where_it_is_ignored():
     loss_of(logits(3, 5), torch.tensor([0, 7, -100], device=DEVICE), ignore_index=7).item()
-    with pytest.raises(ValueError, match="Label -100 .*ignore_index=7"): gpu.check_labels()
+    with pytest.raises(ValueError, match="Label -100 .*ignore_index=7"): gpu.check_reported_labels()
 
 
 def test_double_backward():
@@ -336,7 +339,7 @@ def test_operators_are_as_they_say(kind, small_tiles):
 
 def test_kernels_are_tried_once(monkeypatch):
     gpu.try_kernels(DEVICE)
-    gpu.check_labels()
+    gpu.check_reported_labels()
     monkeypatch.setattr(gpu, 'AVAILABLE', {})
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda i: 'a card')
@@ -348,6 +351,62 @@ def test_kernels_are_tried_once(monkeypatch):
     monkeypatch.setattr(gpu, 'try_kernels', broken)
     with pytest.warns(UserWarning, match="do not work on a card.*RuntimeError: ptxas too old"): assert not gpu.kernels_work(0)
     assert not gpu.kernels_work(0) and len(calls) == 1
+
+
+@pytest.fixture
+def kernels_chosen(monkeypatch):
+    "Let the losses take the kernels also in the interpreter. A list that counts how often they did"
+    calls = []
+
+    def counted(f): return lambda *args: (calls.append(f.__name__), f(*args))[1]
+    for name, fits in (('gpu_takes', gpu.softmax_fits), ('gpu_takes_binary', gpu_binary.binary_fits)): monkeypatch.setattr(paths, name, fits)
+    for name in ('gpu_cross_entropy', 'gpu_binary_cross_entropy'): monkeypatch.setattr(paths, name, counted(getattr(paths, name)))
+    return calls
+
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+def test_losses_take_the_kernels(dtype, kernels_chosen):
+    z, y, w, masks = logits(4, 5, dtype=dtype), labels(5, 4, ignored=.2), (torch.rand(5)+.1).to(DEVICE), logits(2, 5, 3, 4, dtype=dtype)
+    multi_hot, prior = (torch.rand(4, 5) < .4).float().to(DEVICE), ClassPrior([1, 2, 3, 4, 5]).to(DEVICE)
+    cases = [(LabelSmoothingCrossEntropy(.2, w), z, y), (LabelSmoothingCrossEntropy(.2, dist=prior), z, y),
+             (LabelSmoothingCrossEntropy(.2, axis=1, convention='others', reduction='none'), masks, labels(5, 2, 3, 4)),
+             (LabelSmoothingCrossEntropy(.2, weight=w, weight_by='example'), z, mixture(5, 4, 2)), (MultiLabelSmoothingCrossEntropy(.2), z, multi_hot),
+             (LabelSmoothingBCE(.2, w, pos_weight=2*w), z, multi_hot), (LabelSmoothingBCE(.2, sum_classes=True), z, y),
+             (LabelSmoothingBCE([.1, .2, .3, 0, 0]), masks, labels(5, 2, 3, 4)), (LabelSmoothingBCE(.2, target_threshold=.3), z, multi_hot)]
+    for loss, pred, target in cases:
+        x, exact, loss = pred.clone().requires_grad_(), pred.double().requires_grad_(), loss.to(DEVICE)
+        before = len(kernels_chosen)
+        found = loss(x, target)
+        assert len(kernels_chosen) == before + 1, loss
+        wanted = loss(exact, target)  # double: by the formula, or on a CPU by its own path
+        assert len(kernels_chosen) == before + 1
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+        for value in (found, wanted): value.sum().backward()
+        tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
+
+
+@pytest.mark.parametrize('loss', (LabelSmoothingCrossEntropy(.2, axis=1), LabelSmoothingBCE(.2)))
+def test_losses_compile_with_batches_of_any_size(loss, kernels_chosen, monkeypatch):
+    for name, module in (('gpu_cross_entropy', gpu), ('gpu_binary_cross_entropy', gpu_binary)): monkeypatch.setattr(paths, name, getattr(module, name))
+    torch.compiler.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(lambda z, y: loss(2*z, y), fullgraph=True, backend=graphs)
+    for n in (3, 4, 6):
+        z, y = logits(n, 5).requires_grad_(), torch.rand(n, 5).to(DEVICE)
+        x = z.detach().clone().requires_grad_()
+        compiled(z, y).backward()
+        loss(2*x, y).backward()
+        torch.testing.assert_close(z.grad, x.grad)
+    assert graphs.frame_count <= 2  # the second is for any size
+    torch.compiler.reset()
+
+
+def test_a_label_outside_reaches_the_user_of_a_loss(kernels_chosen):
+    z, y, loss = logits(3, 5), torch.tensor([0, 9, 1], device=DEVICE), LabelSmoothingCrossEntropy()
+    loss(z, y).item()
+    with pytest.raises(ValueError, match=r"Label 9 is outside \[0, 5\)"): loss(z, labels(5, 3))
+    assert loss(z, labels(5, 3)).isfinite()
 
 
 @pytest.mark.skipif(DEVICE.type != 'cuda', reason="needs a GPU")

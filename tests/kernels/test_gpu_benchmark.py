@@ -1,0 +1,31 @@
+"The benchmark of the GPU kernels, tried on a CPU: what it times is right, and it says which bounds were missed"
+import json
+
+import pytest
+from benchmarks import gpu as benchmark
+
+
+@pytest.mark.slow
+def test_every_case_runs(tmp_path, capsys):
+    cases = benchmark.main(['--device', 'cpu', '--out', str(tmp_path/'figures.json')])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
+    assert len(cases) == len(benchmark.CASES) == len(table)-1
+    assert json.loads((tmp_path/'figures.json').read_text())['cases'] == json.loads(json.dumps(cases))
+    for case in cases:
+        assert case['seconds'].keys() >= {'ours', 'torch', 'copy'} and 'mean nothing' not in case['case']
+        for error in ('loss_error', 'gradient_error'): assert case[error]['ours'] < (1e-5 if case['dtype'] == 'float32' else 1e-2), case
+
+
+def test_bounds():
+    case = dict(reach=.5, seconds=dict(ours=.4, torch=1.), peak_bytes=dict(ours=10**6, torch=3*10**6), logits_bytes=10**6)
+    assert benchmark.missed(case) == []
+    assert benchmark.missed(case | dict(seconds=dict(ours=1.2, torch=1., Liger=1.1))) == ['t > 0.5', 'slower than torch', 'slower than Liger']
+    assert benchmark.missed(case | dict(peak_bytes=dict(ours=4*10**6, torch=3*10**6))) == ['mem > 1.05', 'more memory than torch']
+    small = case | dict(logits_bytes=640, peak_bytes=dict(ours=2**16, torch=2**17))
+    assert benchmark.missed(small) == []
+
+
+def test_no_figure_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    with pytest.raises(SystemExit) as stop: benchmark.main([])
+    assert stop.value.code == 1 and 'nothing was measured' in capsys.readouterr().err
