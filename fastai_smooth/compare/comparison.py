@@ -59,7 +59,7 @@ def pixels_of(learn, items, seed, shown):
                 if item in shown: masks[item] = z.argmax(0).numpy().astype(np.int16)
     return (*(np.concatenate(v) for v in (logits, labels, owners)),masks)
 
-# %% ../../nbs/77_compare.comparison.ipynb #463b49c3
+# %% ../../nbs/77_compare.comparison.ipynb #e35d8875
 @dataclass
 class Trainings(Question):
     "The trainings that answer the question"
@@ -97,7 +97,7 @@ class Trainings(Question):
         res = dict(logits=logits, labels=labels, items=items, losses=losses)
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
-# %% ../../nbs/77_compare.comparison.ipynb #5636f225
+# %% ../../nbs/77_compare.comparison.ipynb #f9401358
 KEPT = 'logits', 'labels', 'items', 'losses'
 
 class StoredPredictions(Mapping):
@@ -119,7 +119,7 @@ def _here(settings, threads, fingerprint):
 
 def _train_here(comparison, method, seed): return _here(*comparison).train(method, seed)
 
-# %% ../../nbs/77_compare.comparison.ipynb #36d00ce4
+# %% ../../nbs/77_compare.comparison.ipynb #4ab942d3
 @dataclass
 class Comparison(Trainings):
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"

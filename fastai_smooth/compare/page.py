@@ -21,7 +21,7 @@ from .pictures import (plot_confidence, plot_differences, plot_errors, plot_figu
 from .scores import METRICS
 from .verdict import HEADS, baselines, cell, figures_of, mean_ci, number, signed
 
-# %% ../../nbs/75_compare.page.ipynb #f1978f84
+# %% ../../nbs/75_compare.page.ipynb #d5f21adc
 def pictures(made)->list: # Dicts with title, caption, alt and png
     "Figures as a page holds them, without those that there are not"
     return [dict(title=title, caption=caption, alt=alt, png=picture(fig)) for title, caption, alt, fig in made if fig is not None]
@@ -66,7 +66,7 @@ def sections(comparison, figures, reliability):
         ('Sure, and wrong', f'The wrong answers that {best} is surest about, over all seeds: the label, the answer, its confidence. Look for wrong labels.',
          'Examples with the most confident wrong answers', plot_errors(comparison))]
 
-# %% ../../nbs/75_compare.page.ipynb #6272fb65
+# %% ../../nbs/75_compare.page.ipynb #b6157e7b
 def tables(comparison, figures):
     "The tables of a page: columns and rows of cells"
     rows,digits = comparison.rows,lambda k: 2 if k == 'temperature' else 3
@@ -81,7 +81,7 @@ def tables(comparison, figures):
     gaps = dict(columns=[HEADS[k] for k in METRICS], rows={m: [signed(f[k], digits(k)) for k in METRICS] for m, f in found.items()})
     return dict(main=main, more=more, gaps=gaps if found else None)
 
-# %% ../../nbs/75_compare.page.ipynb #5e11bfea
+# %% ../../nbs/75_compare.page.ipynb #e7c8ae50
 def write_report(
     comparison, # A `Comparison` that has run
     summary:dict, # What it returned

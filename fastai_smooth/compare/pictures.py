@@ -23,7 +23,7 @@ from .methods import parse_method
 from .scores import after_temperature, predictions_of
 from ..targets import smooth_binary, smooth_labels
 
-# %% ../../nbs/74_compare.pictures.ipynb #1e2c9a4b
+# %% ../../nbs/74_compare.pictures.ipynb #5acdbfd7
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#000000', '#E69F00', '#56B4E9'
 STYLES = [dict(color=color, ls=ls, marker=marker) for ls, marker in (('-', 'o'), ('--', 's'), (':', '^')) for color in COLOURS]
 
@@ -117,7 +117,7 @@ def plot_risk(comparison)->Figure:
     ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #de387ef9
+# %% ../../nbs/74_compare.pictures.ipynb #22a73b3c
 VERDICTS = {1: dict(color=COLOURS[0], marker='o'), -1: dict(color=COLOURS[1], marker='s'), 0: dict(color='.45', marker='D', mfc='w')}
 
 def plot_differences(found)->Figure|None:
@@ -141,7 +141,7 @@ def plot_differences(found)->Figure|None:
     fig.legend(handles=handles, loc='outside upper right', ncols=3, fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #f33e7521
+# %% ../../nbs/74_compare.pictures.ipynb #c902a2b2
 def plot_figures(comparison, figures)->Figure:
     "Accuracy, and NLL and ECE before and after temperature, with intervals, a row per method"
     fig = Figure(figsize=(10, 1.3+.35*len(comparison.methods)), layout='constrained')
@@ -201,7 +201,7 @@ def plot_losses(comparison)->Figure:
     ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #1c64b49d
+# %% ../../nbs/74_compare.pictures.ipynb #99930107
 def show_image(ax, image):
     "Draw an image (H, W), (1, H, W) or (3, H, W)"
     image = np.asarray(image, dtype=np.float64)
@@ -228,7 +228,7 @@ def show_target(ax, q, vocab):
     ax.set(xlim=(0, 1), ylim=(len(top)-.5, -.5))
     ax.tick_params(axis='x', labelsize=6)
 
-# %% ../../nbs/74_compare.pictures.ipynb #d041bca8
+# %% ../../nbs/74_compare.pictures.ipynb #04b5ee5e
 class _Batch(Callback):
     "Keeps the first batch as the data loader made it, and, if it comes last, stops"
     def __init__(self, order): self.order = order
@@ -264,7 +264,7 @@ def plot_targets(comparison, n=5)->Figure|None:
     fig.suptitle(f'one batch of {method.name}', fontsize=10)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #bc9a4c57
+# %% ../../nbs/74_compare.pictures.ipynb #7d9dd606
 def plot_masks(comparison)->Figure|None:
     "Images, their masks, and what the best method makes of them"
     if comparison.kind != 'masks': return None

@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.question.html.md"""
 # %% auto #0
 __all__ = ['Question']
 
-# %% ../../nbs/76_compare.question.ipynb #067c4314
+# %% ../../nbs/76_compare.question.ipynb #dc4479e5
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -47,8 +47,8 @@ def several_of(value, name):
 
 # %% ../../nbs/76_compare.question.ipynb #4c659adf
 @dataclass
-class Question:
-    "What is compared, and on which data. Bad arguments: ValueError"
+class Arguments:
+    "What is compared, and on which data: read and checked. Bad arguments: ValueError"
     data:str='digits' # An embedded set, a folder of class folders, one of images and masks, or a CSV of files or texts and labels: see `read_source`
     methods:tuple|None=None # See `parse_method`. None: ce, ls, mixup and mixup+ls, of texts and tables the first two
     eps:float=.1 # Smoothing strength, in [0, 1]; of several, every smoothing method is tried with each
@@ -84,7 +84,7 @@ class Question:
         self._check_methods()
         self._check_split()
         self._check_model()
-        if self.out is not None: self._check_out()
+        if self.out is not None: self._check_out() # the folder: see `Question`
 
     def _check_numbers(self):
         self.confused = parse_pairs(self.pairs)
@@ -149,8 +149,12 @@ class Question:
             raise ValueError(f"{self.arch} cannot take {self.unit} of {' by '.join(map(str, shape[2:])) or shape[1]} pixels ({str(e).splitlines()[0]}): "
                              "try another --size or --arch.") from None
 
+# %% ../../nbs/76_compare.question.ipynb #5ef70ede
+@dataclass
+class Question(Arguments):
+    "What is compared, and on which data. Bad arguments: ValueError"
     @property
-    def config(self): # What decides the figures of a run
+    def config(self)->dict: # What decides the figures of a run
         names = ('data', 'delimiter', 'ignore', 'target', 'skip_broken', 'eps', 'noise', 'pairs', 'epochs', 'lr', 'arch', 'weights', 'pretrained', 'bs', 'size',
                  'valid_pct', 'seed0', 'fingerprint')
         digest = self.weights and joblib.hash(Path(self.weights).read_bytes())

@@ -52,7 +52,7 @@ def chance_of(predictions:Predictions)->float:
     f = predictions.q.nanmean(0).clamp(1e-12, 1)
     return float(-(f*f.log()+(1-f)*(1-f).clamp(min=1e-12).log()).mean() if predictions.binary else -(f*f.log()).sum())
 
-# %% ../../nbs/72_compare.scores.ipynb #1d14d27f
+# %% ../../nbs/72_compare.scores.ipynb #d1fc2864
 def per_example(
     predictions:Predictions, # After temperature
     items, # Numbers of the examples that the rows belong to, (N,)

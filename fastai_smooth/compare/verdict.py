@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.verdict.html.md"""
 # %% auto #0
 __all__ = ['HEADS', 'mean_ci', 'baselines', 'figures_of', 'differences', 'Difference', 'Evidence', 'verdict', 'table']
 
-# %% ../../nbs/73_compare.verdict.ipynb #970a3305
+# %% ../../nbs/73_compare.verdict.ipynb #c0a94bbf
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +48,7 @@ def differences(
     bases = baselines(list(dict.fromkeys(r['method'] for r in rows)), noise)
     return {m: {k: mean_ci(figures_of(rows, m, k)-figures_of(rows, base, k)) for k in METRICS} for m, base in bases.items() if base}
 
-# %% ../../nbs/73_compare.verdict.ipynb #d93d35a8
+# %% ../../nbs/73_compare.verdict.ipynb #812f11da
 def number(x, digits=3, sign=''):
     "A figure in words"
     text = f'{x:{sign}.{digits}f}'
@@ -68,7 +68,7 @@ def count(n, what):
     "A number of things in words"
     return f"{n} {what}{'' if n == 1 else 's'}"
 
-# %% ../../nbs/73_compare.verdict.ipynb #bb3df720
+# %% ../../nbs/73_compare.verdict.ipynb #a5f8c88c
 @dataclass(frozen=True)
 class Difference:
     "How a method differs from the one it is compared with in one figure, and how far that can be trusted"
@@ -120,7 +120,7 @@ class Difference:
         if self.sign and self.metric == 'nll_ts': how += f' by {abs(self.mean)/max(self.base_mean, 1e-12):.0%}'
         return f"{number(self.mean, sign='+')} ({{}}{number(self.low, sign='+')} to {number(self.high, sign='+')}{{}}): {how}"
 
-# %% ../../nbs/73_compare.verdict.ipynb #fe70d064
+# %% ../../nbs/73_compare.verdict.ipynb #78982780
 PRIMARY,SECOND = 'nll_ts','accuracy'
 SHARE = .9 # of the error rate that goes to the primary figure
 
@@ -145,7 +145,7 @@ def crossed_variance(each, metric):
     inter = ((each-each.mean(0)-each.mean(1, keepdims=True)+each.mean())**2).sum()/((k-1)*(n-1))
     return max((each.mean(0).var(ddof=1)-inter/k)/n, 0.),inter/n+(metric == SECOND)/n**2
 
-# %% ../../nbs/73_compare.verdict.ipynb #a91db1b8
+# %% ../../nbs/73_compare.verdict.ipynb #65bac559
 @dataclass
 class Evidence:
     "The runs of a comparison, and what may be concluded from them"
@@ -255,7 +255,7 @@ def verdict_of(evidence, base, found, corrected):
     text += power_of([d[PRIMARY] for d in found])
     return f"{text} Accuracy: "+'; '.join(f"{d[SECOND].method} "+str(d[SECOND]).format('', '') for d in found)+'.'
 
-# %% ../../nbs/73_compare.verdict.ipynb #9fcc6d4f
+# %% ../../nbs/73_compare.verdict.ipynb #3e048921
 def verdict(
     evidence:Evidence # Of a comparison
 )->str: # A few sentences, for each label noise
