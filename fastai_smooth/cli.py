@@ -155,7 +155,8 @@ def compare(
     noise:numbers=0., # Share of training labels to falsify, in [0, 1); several, such as 0,.2,.4, try each; or ls~.2
     pairs:str=None, # Which classes the false labels confuse, such as 4:9,9:4 (default: any with any)
     epochs:int=None, # Passes over the training set (default: what suits the data)
-    seeds:int=3, # How many seeds
+    seeds:int=5, # How many seeds
+    seed0:int=0, # The first seed; another one gives fresh splits, weights and noise
     arch:str=None, # A timm model for images, a torchvision model for masks (default: a small network that suits the data)
     weights:Path=None, # State dict to start from
     pretrained:bool=False, # Start from pretrained weights, which are downloaded once
@@ -166,7 +167,7 @@ def compare(
     delimiter:str=None, # Between several labels in a CSV
     target:str=None, # Column of the labels in a CSV (default: label)
     skip_broken:bool=False, # Leave out files and rows that cannot be read
-    valid_pct:float=.2, # Share of the validation set, half of which fits the temperature
+    valid_pct:float=.2, # Share of the validation set, where the data don't say which it is
     jobs:int=1, # How many runs at a time
     threads:int=None, # Of the CPU (default: OMP_NUM_THREADS, else all)
     out:Path=None, # Folder for the results (default: a new one in fastai_smooth_runs)
@@ -182,9 +183,7 @@ def compare(
     comparison = Comparison(**{**arguments, 'weights': weights and str(weights)}, out=out, resume=resume)
     comparison.make_folder()
     write_text(comparison.out/'.arguments.json', json.dumps(arguments, default=str)) # as they were typed, for --resume
-    print(comparison.source.describe((range(comparison.n_train), range(comparison.n_valid))))
-    print(f"{comparison.data}: {comparison.n_train} training and {comparison.n_valid} validation {comparison.unit}, {len(comparison.methods)} methods, "
-          f"{comparison.seeds} seeds, {comparison.epochs} epochs each; {comparison.arch}, batches of {comparison.bs}; results in {comparison.out}", flush=True)
+    print(comparison.describe(), flush=True)
     summary = comparison.run() # what is finished is kept if this fails, and --resume goes on from there
     print(f"\n{table(summary)}\n\n{summary['verdict']}\n\nReport: {comparison.out/'report.html'}")
     return 0

@@ -43,8 +43,8 @@ class InUse(ValueError): "A folder that another run has claimed"
 def used(
     folder:Path # It need not exist
 )->bool: # Whether a run, or anybody, has left something in it
-    "Whether a folder holds more than a lock, half-written files and empty folders"
-    ours = lambda p: p.name == '.lock' or p.suffix == '.part' or p.is_dir() and not any(p.iterdir())
+    "Whether a folder holds more than hidden files, half-written ones and empty folders"
+    ours = lambda p: p.name.startswith('.') or p.suffix == '.part' or p.is_dir() and not any(p.iterdir())
     return folder.exists() and not all(map(ours, folder.iterdir()))
 
 def read_config(
@@ -68,7 +68,7 @@ def conflicts(
         elif then != v: found.append(f'{k}={then!r} (here {v!r})')
     return found
 
-# %% ../nbs/70_run_folder.ipynb #e5289c70
+# %% ../nbs/70_run_folder.ipynb #16b7df05
 class RunFolder:
     "A folder that one run claims, and that the same run may resume. Any other use: ValueError that says what the folder holds"
     def __init__(self,
@@ -107,7 +107,14 @@ class RunFolder:
         try: lock.acquire(timeout=0)
         except Timeout: raise InUse(f"{self.path} is in use by another run: wait for it, or name another folder.") from None
         try:
-            if (self.path/'config.json').exists(): self._compare(read_config(self.path))
-            write_text(self.path/'config.json', json.dumps(self.config, indent=2))
+            noted = read_config(self.path) if (self.path/'config.json').exists() else {}
+            if noted: self._compare(noted)
+            write_text(self.path/'config.json', json.dumps({**noted, **self.config}, indent=2))
             yield self.path
         finally: lock.release()
+
+    def note(self,
+        **more # As JSON can hold it
+    ):
+        "Note in `config.json` what may change when the run is resumed; `read_config` gives it back"
+        write_text(self.path/'config.json', json.dumps({**read_config(self.path), **more}, indent=2))

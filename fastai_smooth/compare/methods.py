@@ -130,7 +130,7 @@ class Method:
         smoothing = LabelSmoothing(self.eps if self.smoothing else 0., dist, n_classes=n_classes)
         return [smoothing, *([OneOf(*mixers)] if len(mixers) > 1 else mixers)]
 
-# %% ../../nbs/71_compare.methods.ipynb #5f91bd05
+# %% ../../nbs/71_compare.methods.ipynb #cd2b39e9
 def parse_method(
     name:str, # 'ce', or parts joined by '+': 'ls', 'mixup', 'mixup+ls', 'mixup+cutmix+ls', 'ols', 'mixup+ls@.3', 'ls~.2', ...
     eps:float=.1, # Smoothing strength of a method that does not name its own after @

@@ -16,13 +16,12 @@ import timm
 import torch
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 
-from .pictures import (plot_confidence, plot_errors, plot_figures, plot_losses, plot_masks, plot_noise, plot_reliability, plot_risk,
-                                            plot_strengths, plot_targets, picture)
-from .verdict import baselines, cell, signed
+from .pictures import (plot_confidence, plot_differences, plot_errors, plot_figures, plot_losses, plot_masks, plot_noise,
+                                            plot_reliability, plot_risk, plot_strengths, plot_targets, picture)
+from .scores import METRICS
+from .verdict import HEADS, baselines, cell, figures_of, mean_ci, number, signed
 
-# %% ../../nbs/75_compare.page.ipynb #dfb1e0c0
-HEADS = dict(accuracy='accuracy', nll='NLL', ece='ECE', brier='Brier', aurc='AURC', temperature='T', nll_ts='NLL, T', ece_ts='ECE, T', brier_ts='Brier, T')
-
+# %% ../../nbs/75_compare.page.ipynb #d5f21adc
 def pictures(made)->list: # Dicts with title, caption, alt and png
     "Figures as a page holds them, without those that there are not"
     return [dict(title=title, caption=caption, alt=alt, png=picture(fig)) for title, caption, alt, fig in made if fig is not None]
@@ -51,8 +50,8 @@ def sections(comparison, figures, reliability):
          plot_strengths(comparison, figures)),
         ('By label noise', 'Every share of wrong training labels from the same seeds; validation labels are as they came.',
          'Accuracy and negative log-likelihood against the share of wrong training labels', plot_noise(comparison, figures)),
-        ('Reliability', "How often answers of each confidence are right, with 95% intervals, and how many there are. Bars that end on the dotted line can be "
-         "believed; the hatched gap is what is missing or too much. Below: after temperature scaling.",
+        ('Reliability', "How often answers of each confidence are right, in ten groups of equal size. Points in the grey band are what a calibrated model "
+         "would show in 95% of cases; below it, the model is overconfident, above it underconfident.",
          f'Reliability diagrams of {methods}, as trained and after temperature scaling', reliability or plot_reliability(comparison)),
         ('Confidence', "After temperature scaling: the confidence of right answers in grey, of wrong ones hatched. The further apart, the better one can tell "
          "which to doubt.", f'Histograms of the confidence of {methods}', plot_confidence(comparison)),
@@ -67,7 +66,22 @@ def sections(comparison, figures, reliability):
         ('Sure, and wrong', f'The wrong answers that {best} is surest about, over all seeds: the label, the answer, its confidence. Look for wrong labels.',
          'Examples with the most confident wrong answers', plot_errors(comparison))]
 
-# %% ../../nbs/75_compare.page.ipynb #7ae01255
+# %% ../../nbs/75_compare.page.ipynb #b6157e7b
+def tables(comparison, figures):
+    "The tables of a page: columns and rows of cells"
+    rows,digits = comparison.rows,lambda k: 2 if k == 'temperature' else 3
+    of = lambda m, k: cell(figures[m][k], digits(k))
+    def calibration(m): return cell(mean_ci(figures_of(rows, m, 'nll')-figures_of(rows, m, 'nll_ts')))
+    def ece(m): return f"{of(m, 'ece')} ({number(figures_of(rows, m, 'ece_null').mean())})"
+    main = dict(columns=['accuracy', 'NLL, refinement', 'NLL, calibration', 'T', 'ECE (if calibrated)'],
+                rows={m: [of(m, 'accuracy'), of(m, 'nll_ts'), calibration(m), of(m, 'temperature'), ece(m)] for m in figures})
+    rest = ['nll', 'ece_ts', 'brier', 'brier_ts', 'aurc']
+    more = dict(columns=[HEADS[k] for k in rest], rows={m: [of(m, k) for k in rest] for m in figures})
+    found = comparison.differences()
+    gaps = dict(columns=[HEADS[k] for k in METRICS], rows={m: [signed(f[k], digits(k)) for k in METRICS] for m, f in found.items()})
+    return dict(main=main, more=more, gaps=gaps if found else None)
+
+# %% ../../nbs/75_compare.page.ipynb #e7c8ae50
 def write_report(
     comparison, # A `Comparison` that has run
     summary:dict, # What it returned
@@ -75,8 +89,11 @@ def write_report(
     reliability:bytes|None=None, # The picture of `plot_reliability` as a PNG file, if it is there already
 )->str: # HTML
     "The page of a comparison"
-    bases = baselines(summary['methods'], summary['noise']).values()
-    return render('compare.html', title=f"Does smoothing help on {Path(summary['data']).name}?", s=summary, heads=HEADS, cell=cell, signed=signed,
-                  differences=comparison.differences(), base=', '.join(b for b in dict.fromkeys(bases) if b),
-                  pictures=pictures(sections(comparison, summary['methods'], reliability)), command=command, several=comparison.several,
-                  unit=comparison.unit, kind=comparison.kind)
+    figures = summary['methods']
+    base = ', '.join(b for b in dict.fromkeys(baselines(figures, summary['noise']).values()) if b)
+    forest = plot_differences(comparison.evidence().differences()) if comparison.seeds > 1 else None
+    caption = f'Differences from {base} over the seeds, with the intervals of the verdict: for new data, and corrected for everything that it says.'
+    shown = pictures([('Differences', caption, f'Differences of the methods from {base}, with intervals', forest)])
+    return render('compare.html', title=f"Does smoothing help on {Path(summary['data']).name}?", s=summary, base=base, forest=shown[0] if shown else None,
+                  understood=comparison.describe().splitlines(), one_split=comparison.source.split is not None, **tables(comparison, figures),
+                  pictures=pictures(sections(comparison, figures, reliability)), command=command)

@@ -18,12 +18,12 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from matplotlib.figure import Figure
 
-from ..calibration import CalibrationInterpretation, Predictions, fit_temperature
+from ..calibration import CalibrationInterpretation, Predictions
 from .methods import parse_method
-from .scores import predictions_of
+from .scores import after_temperature, predictions_of
 from ..targets import smooth_binary, smooth_labels
 
-# %% ../../nbs/74_compare.pictures.ipynb #0d34c056
+# %% ../../nbs/74_compare.pictures.ipynb #5acdbfd7
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#000000', '#E69F00', '#56B4E9'
 STYLES = [dict(color=color, ls=ls, marker=marker) for ls, marker in (('-', 'o'), ('--', 's'), (':', '^')) for color in COLOURS]
 
@@ -56,30 +56,46 @@ def runs_of(comparison, method):
     return [comparison.predictions[run] for run in comparison.predictions if run[0] == method]
 
 def together(comparison, method, after=False)->Predictions:
-    "All seeds of a method, perhaps after the temperatures that were fitted on the other half"
-    runs = runs_of(comparison, method)
-    every = predictions_of(*(np.concatenate([p[k] for p in runs]) for k in ('logits', 'labels')))
-    if not after: return every
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # at the end of the range, as the table shows
-        fitted = [fit_temperature(predictions_of(p['fit_logits'], p['fit_labels'])) for p in runs]
-    width = -1 if comparison.several else 1
-    return every.scaled(torch.cat([torch.as_tensor(t, dtype=torch.float64).expand(len(p['labels']), width) for p, t in zip(runs, fitted)]))
+    "All seeds of a method, perhaps after temperature. Kept by the comparison, since fitting takes longer than drawing"
+    kept = vars(comparison).setdefault('_together', {})
+    if (method, after) in kept: return kept[method,after]
+    runs = [(predictions_of(p['logits'], p['labels']), p['items']) for p in runs_of(comparison, method)]
+    if after:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # of temperatures that the data don't tell: the verdict counts them
+            runs = [(after_temperature(p, items)[0], items) for p, items in runs]
+    every = runs[0][0][:]
+    every.z,every.q,every.mass = (torch.cat([getattr(p, k) for p, _ in runs]) for k in ('z', 'q', 'mass'))
+    every.example = torch.cat([torch.as_tensor(items) for _, items in runs])
+    vars(every).pop('_p', None)
+    kept[method,after] = every
+    return every
 
-def plot_reliability(comparison)->Figure:
-    "Accuracy against confidence, as trained and after temperature"
-    fig = Figure(figsize=(3.1*len(comparison.methods[:4]), 6.6*-(-len(comparison.methods)//4)), layout='constrained')
-    wide = min(len(comparison.methods), 4)
-    axs = fig.subplots(2*-(-len(comparison.methods)//wide), wide, squeeze=False)
-    for ax in axs.flat: ax.set_visible(False)
-    for i, method in enumerate(comparison.methods):
-        row,column = divmod(i, wide)
-        for ax, after, when in zip(axs[2*row:2*row+2,column], (False, True), ('as trained', 'after temperature')):
-            ax.set_visible(True)
-            CalibrationInterpretation(together(comparison, method, after)).plot_reliability(ax=ax)
-            ax.set_title(f'{method},\n{when}', pad=26, fontsize=10)
-            ax.legend_.remove()
-            if column: ax.set_ylabel('')
+def confidence_and_right(predictions):
+    "Confidences, lowest first, and how right each is; of several labels, the probability of each known one"
+    p,q = predictions.p,predictions.q
+    if predictions.binary: confidence,right = p[~q.isnan()],q[~q.isnan()]
+    else: confidence,right = p.max(1).values,q.gather(1, p.argmax(1, keepdim=True))[:,0]
+    order = confidence.argsort()
+    return confidence[order].numpy(),right[order].double().numpy()
+
+def plot_reliability(comparison, bins=10)->Figure:
+    "Accuracy against confidence, as trained and after temperature, in groups of equal size, and the band in which a calibrated model would lie"
+    fig,axs = panels(len(comparison.methods), 3.2, sharex=True, sharey=True)
+    for ax, method in zip(axs, comparison.methods):
+        seeds,x = len(runs_of(comparison, method)),np.linspace(0, 1, 101)
+        for after, style in ((False, dict(color=COLOURS[1], marker='s', ls='--')), (True, dict(color=COLOURS[0], marker='o'))):
+            confidence,right = confidence_and_right(together(comparison, method, after))
+            groups = [g for g in zip(np.array_split(confidence, bins), np.array_split(right, bins)) if len(g[0])]
+            points = np.array([(c.mean(), r.mean()) for c, r in groups])
+            ax.plot(*points.T, ms=4, lw=1.2, label='after temperature' if after else 'as trained', **style)
+        half = 1.96*np.sqrt(x*(1-x)*bins*seeds/len(confidence)) # of a group of one seed
+        ax.fill_between(x, (x-half).clip(0), (x+half).clip(max=1), color='.88', lw=0, label='calibrated: 95%')
+        ax.plot([0, 1], [0, 1], color='.5', lw=.8)
+        ax.set_title(method, fontsize=10)
+        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='confidence')
+    axs[0].set_ylabel('accuracy')
+    axs[0].legend(fontsize=7, frameon=False, loc='upper left')
     return fig
 
 def plot_confidence(comparison)->Figure:
@@ -101,7 +117,31 @@ def plot_risk(comparison)->Figure:
     ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #1d58773a
+# %% ../../nbs/74_compare.pictures.ipynb #22a73b3c
+VERDICTS = {1: dict(color=COLOURS[0], marker='o'), -1: dict(color=COLOURS[1], marker='s'), 0: dict(color='.45', marker='D', mfc='w')}
+
+def plot_differences(found)->Figure|None:
+    "Differences {method: {metric: `Difference`}} with their intervals, the method that they are compared with at 0"
+    if not found: return None
+    bases = list(dict.fromkeys(d.base for ds in found.values() for d in ds.values()))
+    fig = Figure(figsize=(9, 1.3+.34*len(found)), layout='constrained')
+    rows = np.arange(len(found))[::-1]
+    titles = {'nll_ts': 'NLL after temperature: left is better', 'accuracy': 'accuracy: right is better'}
+    for ax, (metric, title) in zip(fig.subplots(1, 2, sharey=True), titles.items()):
+        ax.axvline(0, color='k', lw=1)
+        for y, ds in zip(rows, found.values()):
+            d = ds[metric]
+            ax.errorbar(d.mean, y, xerr=d.half(), ms=6, capsize=3, lw=1.4, ls='', **VERDICTS[d.sign])
+        ax.set(ylim=(-.6, len(rows)-.4), xlabel=f"difference from {', '.join(bases)}")
+        ax.set_title(title, fontsize=10)
+        ax.grid(axis='x', color='.92')
+        ax.xaxis.get_major_locator().set_params(nbins=6)
+        ax.set_yticks(rows, list(found))
+    handles = [fig.axes[0].plot([], [], ls='', label=label, **VERDICTS[sign])[0] for sign, label in ((1, 'better'), (-1, 'worse'), (0, 'cannot tell'))]
+    fig.legend(handles=handles, loc='outside upper right', ncols=3, fontsize=8, frameon=False)
+    return fig
+
+# %% ../../nbs/74_compare.pictures.ipynb #c902a2b2
 def plot_figures(comparison, figures)->Figure:
     "Accuracy, and NLL and ECE before and after temperature, with intervals, a row per method"
     fig = Figure(figsize=(10, 1.3+.35*len(comparison.methods)), layout='constrained')
@@ -161,7 +201,7 @@ def plot_losses(comparison)->Figure:
     ax.legend(fontsize=8, frameon=False)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #e33b4910
+# %% ../../nbs/74_compare.pictures.ipynb #99930107
 def show_image(ax, image):
     "Draw an image (H, W), (1, H, W) or (3, H, W)"
     image = np.asarray(image, dtype=np.float64)
@@ -188,7 +228,7 @@ def show_target(ax, q, vocab):
     ax.set(xlim=(0, 1), ylim=(len(top)-.5, -.5))
     ax.tick_params(axis='x', labelsize=6)
 
-# %% ../../nbs/74_compare.pictures.ipynb #283f7017
+# %% ../../nbs/74_compare.pictures.ipynb #04b5ee5e
 class _Batch(Callback):
     "Keeps the first batch as the data loader made it, and, if it comes last, stops"
     def __init__(self, order): self.order = order
@@ -224,7 +264,7 @@ def plot_targets(comparison, n=5)->Figure|None:
     fig.suptitle(f'one batch of {method.name}', fontsize=10)
     return fig
 
-# %% ../../nbs/74_compare.pictures.ipynb #af8b6cab
+# %% ../../nbs/74_compare.pictures.ipynb #7d9dd606
 def plot_masks(comparison)->Figure|None:
     "Images, their masks, and what the best method makes of them"
     if comparison.kind != 'masks': return None

@@ -1,129 +1,43 @@
-"recipes and the command line: figures against other implementations, files, resuming, mistakes"
+"Comparisons: what is shared, what is checked first, files, figures, resuming, stopping, processes"
 import csv
 import json
-import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from users_files import write_digits
 
-from fastai_smooth.callback import LabelSmoothing, OneOf
 from fastai_smooth.cli import main
-from fastai_smooth.data import build_model, digits, small_convnet
-from fastai_smooth.compare import (
-    METRICS,
-    Comparison,
-    mean_ci,
-    method_callbacks,
-    score,
-    table,
-    verdict,
-)
+from fastai_smooth.compare import METRICS, Comparison, score, table
+from fastai_smooth.run_folder import read_config
 
 FAST = ['--epochs', '1', '--seeds', '2', '--methods', 'ce,ls']
+CLI = [sys.executable, '-W', 'ignore', '-m', 'fastai_smooth.cli', 'compare']
+pytestmark = pytest.mark.filterwarnings('ignore')
 
 
-# -- scores
+# -- files and figures
 
-def naive_scores(logits, labels):
-    "Loops: accuracy, nll, ece (15 bins of the top confidence), brier, aurc (distinct confidences)"
-    n, right, nll, brier, bins, order = len(labels), 0, 0., 0., {}, []
-    for z, y in zip(logits.tolist(), labels.tolist()):
-        e = [math.exp(v-max(z)) for v in z]
-        p = [v/sum(e) for v in e]
-        top = max(range(len(p)), key=p.__getitem__)
-        right += top == y
-        nll -= math.log(p[y])
-        brier += sum((v-(k == y))**2 for k, v in enumerate(p))
-        bins.setdefault(min(int(p[top]*15), 14), []).append((p[top], top == y))
-        order.append((-p[top], top != y))
-    ece = sum(abs(sum(c for c, _ in b)-sum(r for _, r in b)) for b in bins.values())/n
-    wrong, risks = 0, []
-    for i, (_, w) in enumerate(sorted(order), 1):
-        wrong += w
-        risks.append(wrong/i)
-    return dict(accuracy=right/n, nll=nll/n, ece=ece, brier=brier/n, aurc=sum(risks)/n)
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "One run of the command: its folder, and what it printed"
+    out = tmp_path_factory.mktemp('compare')/'run'
+    command = [*CLI, 'digits', *FAST, '--noise', '.2', '--eps', '.3', '--out', str(out)]
+    return out, subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout
 
 
-@pytest.mark.parametrize('scale', [.5, 1., 4.])
-def test_scores_against_loops(scale):
-    rng = np.random.default_rng(0)
-    z, y = scale*rng.normal(size=(400, 6)), rng.integers(0, 6, 400)
-    z[np.arange(400), y] += 1
-    s = score(z[:200], y[:200], z[200:], y[200:])
-    assert list(s) == METRICS
-    raw, scaled = naive_scores(z[:200], y[:200]), naive_scores(z[:200]/s['temperature'], y[:200])
-    for k, v in raw.items(): assert s[k] == pytest.approx(v, abs=1e-6), k
-    for k in ('nll', 'ece', 'brier'): assert s[f'{k}_ts'] == pytest.approx(scaled[k], abs=1e-6), k
-
-
-def test_interval():
-    r = mean_ci([1., 2., 4.])
-    assert r['mean'] == pytest.approx(7/3) and r['ci95'] == pytest.approx(4.302653*np.std([1, 2, 4], ddof=1)/3**.5, rel=1e-5)
-    assert mean_ci([1.])['ci95'] is None
-
-
-# -- methods and models
-
-def test_methods():
-    assert method_callbacks('ce') == []
-    ls, = method_callbacks('ls', .3)
-    assert isinstance(ls, LabelSmoothing) and ls.eps == .3
-    zero, mixup = method_callbacks('mixup', .3)
-    assert zero.eps == 0 and type(mixup).__name__ == 'MixUp'
-    assert isinstance(method_callbacks('ls+cutmix+mixup')[1], OneOf)
-    for bad in ('', 'ce+ls', 'ls+ls', 'magic'):
-        with pytest.raises(ValueError, match='Unknown method'): method_callbacks(bad)
-
-
-def test_models(tmp_path):
-    for size in (8, 28, 64): assert small_convnet(1, 7)(torch.rand(2, 1, size, size)).shape == (2, 7)
-    torch.save(small_convnet(1, 7).state_dict(), tmp_path/'w.pth')
-    own, loaded = torch.load(tmp_path/'w.pth', weights_only=True), build_model('convnet', 1, 3, str(tmp_path/'w.pth'))
-    assert torch.equal(loaded[0][0].weight, own['0.0.weight']) and loaded[-1].out_features == 3
-    assert build_model('resnet10t', 1, 5)(torch.rand(1, 1, 64, 64)).shape == (1, 5)
-    (tmp_path/'bad.pth').write_bytes(b'not weights')
-    for weights, words in ((tmp_path/'bad.pth', 'Cannot read'), (tmp_path/'none.pth', 'Cannot read')):
-        with pytest.raises(ValueError, match=words): build_model('convnet', 1, 3, str(weights))
-    torch.save({'a': torch.ones(2)}, tmp_path/'other.pth')
-    with pytest.raises(ValueError, match='does not hold weights'): build_model('convnet', 1, 3, str(tmp_path/'other.pth'))
-
-
-# -- the verdict follows from the figures
-
-def figures(**methods):
-    return {m: {k: dict(mean=v.get(k, (0, 0))[0], ci95=v.get(k, (0, 0))[1]) for k in METRICS} for m, v in methods.items()}
-
-
-@pytest.mark.parametrize('figs, seeds, words, absent', [
-    (figures(ce=dict(nll_ts=(.2, .01), ece=(.1, .0)), ls=dict(nll_ts=(.15, .01), ece=(.3, .0))), 3, ['ls beats ce', 'smooth, then calibrate'], ['No diff']),
-    (figures(ce=dict(nll_ts=(.2, .01), ece=(.3, .0)), ls=dict(nll_ts=(.15, .01), ece=(.1, .0))), 3, ['ls beats ce'], ['smooth, then calibrate']),
-    (figures(ce=dict(nll_ts=(.2, .04)), ls=dict(nll_ts=(.15, .04))), 3, ['No difference'], ['beats']),
-    (figures(ce=dict(nll_ts=(.2, .01)), ls=dict(nll_ts=(.3, .01))), 3, ['ce is the best'], ['beats']),
-    (figures(ce=dict(nll_ts=(.2, .01)), ls=dict(nll_ts=(.3, .01)), mixup=dict(nll_ts=(.2, .01))), 3, ['No difference', 'Worse than ce: ls'], ['beats']),
-    (figures(ce=dict(accuracy=(.9, .01)), ls=dict(accuracy=(.95, .01))), 3, ['Accuracy: higher with ls'], []),
-    (figures(ce=dict(accuracy=(.9, .01)), ls=dict(accuracy=(.8, .01))), 3, ['Accuracy: lower with ls'], []),
-    (figures(ce=dict(), ls=dict()), 1, ['no verdict', '--seeds 3'], ['beats']),
-    (figures(ls=dict()), 3, ['nothing to compare'], []),
-])
-def test_verdict(figs, seeds, words, absent):
-    if seeds == 1:
-        for f in figs.values():
-            for v in f.values(): v['ci95'] = None
-    text = verdict(figs, seeds)
-    assert all(w in text for w in words) and not any(w in text for w in absent), text
-
-
-# -- the command
-
-def test_files_and_figures(tmp_path, capsys):
-    out = tmp_path/'run'
-    assert main(['compare', 'digits', *FAST, '--noise', '.2', '--eps', '.3', '--out', str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert {p.name for p in out.iterdir() if p.name != '.lock'} == {'config.json', 'predictions', 'reliability.png', 'report.html', 'runs.csv', 'summary.json'}
+@pytest.mark.slow
+@pytest.mark.processes
+def test_files_and_figures(run):
+    out, printed = run
+    assert {p.name for p in out.iterdir() if p.name[0] != '.'} == {'config.json', 'predictions', 'reliability.png', 'report.html', 'runs.csv', 'summary.json'}
     rows = list(csv.DictReader((out/'runs.csv').open()))
     assert [(r['method'], r['seed']) for r in rows] == [('ce', '0'), ('ls', '0'), ('ce', '1'), ('ls', '1')]
     s = json.loads((out/'summary.json').read_text())
@@ -132,93 +46,71 @@ def test_files_and_figures(tmp_path, capsys):
     for m in ('ce', 'ls'):
         assert list(s['methods'][m]) == METRICS
         for k in METRICS:  # the summary follows from the rows
-            values = [float(r[k]) for r in rows if r['method'] == m]
-            assert s['methods'][m][k]['mean'] == pytest.approx(np.mean(values))
-            assert s['methods'][m][k]['ci95'] == pytest.approx(12.7062*abs(values[0]-values[1])/2, rel=1e-4)
-    assert s['verdict'] in printed and table(s) in printed
-    for r in rows:  # the rows follow from the predictions
+            a, b = (float(r[k]) for r in rows if r['method'] == m)
+            assert s['methods'][m][k]['mean'] == pytest.approx((a+b)/2) and s['methods'][m][k]['ci95'] == pytest.approx(12.7062*abs(a-b)/2, rel=1e-4)
+    for r in rows:  # the rows follow from the predictions, of every validation image once
         with np.load(out/'predictions'/f"{r['method']}-{r['seed']}.npz") as f: res = dict(f)
-        assert len(res['labels']) == len(res['fit_labels']) == 180
-        naive = naive_scores(res['logits'].astype(np.float64), res['labels'])
-        for k in ('accuracy', 'nll', 'brier', 'ece'): assert float(r[k]) == pytest.approx(naive[k], abs=1e-5)
-    html = (out/'report.html').read_text()
-    assert s['verdict'] in html and 'data:image/png;base64' in html and 'http' not in html
-    assert (out/'reliability.png').read_bytes().startswith(b'\x89PNG')
+        assert len(res['labels']) == len({*res['items'].tolist()}) == 360
+        figures = score(res['logits'], res['labels'], res['items'])
+        assert all(float(r[k]) == pytest.approx(figures[k], abs=1e-9) for k in METRICS)
+    assert (out/'reliability.png').read_bytes().startswith(b'\x89PNG') and 'data:image/png;base64' in (out/'report.html').read_text()
+    assert s['verdict'] in printed and table(s) in printed
+    places = [printed.index(words) for words in ('1437 for training, 360 for validation', 'label noise, in training only: 0.2', '| method')]
+    assert places == sorted(places), "what was understood is said first"
+    assert read_config(out)['looks'] == [2]
 
 
-def test_same_seeds_same_figures():
-    a, b = (Comparison('digits', ('ls', 'mixup+ls'), epochs=1, seeds=1).run(progress=False) for _ in range(2))
-    assert a == b
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_second_look_is_counted_and_said(run, tmp_path):
+    out = tmp_path/'run'
+    shutil.copytree(run[0], out)
+    command = ['compare', 'digits', *FAST, '--noise', '.2', '--eps', '.3', '--out', str(out), '--resume']
+    assert main(command) == 0
+    s = json.loads((out/'summary.json').read_text())
+    assert read_config(out)['looks'] == [2] and 'look' not in s['verdict'], "the same seeds are the same look"
+    (out/'config.json').write_text(json.dumps({**read_config(out), 'looks': [1]}))
+    assert main(command) == 0
+    assert 'This is look 2 at these runs (before: 1 seed)' in json.loads((out/'summary.json').read_text())['verdict'] and read_config(out)['looks'] == [1, 2]
+
+
+# -- what runs share
+
+def labels_of(learn, i): return [int(y) for y in learn.dls[i].dataset.tls[1]]
 
 
 def test_noise_is_in_the_training_labels_only():
-    learn = Comparison('digits', ('ce',), noise=.5).learner('ce', 0)
-    clean = Comparison('digits', ('ce',)).learner('ce', 0)
-    def labels(dls, i): return [int(y) for y in dls[i].dataset.tls[1]]
-    train, truth = (np.array(labels(x.dls, 0)) for x in (learn, clean))
-    assert .4 < (train != truth).mean() < .6 and labels(learn.dls, 1) == labels(clean.dls, 1)
+    noisy, clean = (Comparison('digits', ('ce',), noise=noise).learner('ce', 0) for noise in (.5, 0.))
+    assert .4 < (np.array(labels_of(noisy, 0)) != labels_of(clean, 0)).mean() < .6 and labels_of(noisy, 1) == labels_of(clean, 1)
+
+
+def test_confusable_noise():
+    c = Comparison('digits', ('ce',), noise=.5, pairs='4:9,9:4')
+    noisy, true = (labels_of(x.learner('ce', 0), 0) for x in (c, Comparison('digits', ('ce',))))
+    changed = [(a, b) for a, b in zip(true, noisy) if a != b]
+    assert set(changed) == {(4, 9), (9, 4)} and 100 < len(changed) < 190
+    share = .5*np.isin(c.labels, [4, 9]).mean()
+    assert '--pairs' in c.arguments() and f'0.5 of the classes in pairs, {share:.1%} of all labels' in c.describe()
+    for bad in ('4-9', '4', 'a:b', '3:12', '4:4'):
+        with pytest.raises(ValueError, match='pairs|4:4'): Comparison('digits', ('ce',), noise=.5, pairs=bad)
 
 
 def test_methods_share_split_weights_and_order():
     c = Comparison('digits', ('ce', 'ls'))
-    a, b = c.learner('ce', 1), c.learner('ls', 1)
-    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
-    a, b = c.learner('ce', 1), None
-    first = a.dls.train.one_batch()[1]
-    b = c.learner('ls', 1)
-    assert torch.equal(first, b.dls.train.one_batch()[1])
-    assert a.dls.train_ds.items == b.dls.train_ds.items != c.learner('ce', 2).dls.train_ds.items
+    batches = []
+    for m in ('ce', 'ls'):
+        learn = c.learner(m, 1)
+        batches.append((learn.dls.train.one_batch()[1], torch.cat([p.flatten() for p in learn.model.parameters()]), learn.dls.train_ds.items))
+    (a, b, items), (x, y, others) = batches
+    assert torch.equal(a, x) and torch.equal(b, y) and items == others != c.learner('ce', 2).dls.train_ds.items
 
 
-def test_resume_after_a_stop(tmp_path, monkeypatch):
-    "A stopped run goes on: finished methods are kept, a damaged file is done again, the figures are those of one go"
-    whole = Comparison('digits', ('ce', 'ls'), epochs=1, seeds=2).run(progress=False)
-    out, trained, train = tmp_path/'run', [], Comparison.train
-
-    def count(self, method, seed):
-        if len(trained) == 2: raise KeyboardInterrupt
-        trained.append((method, seed))
-        return train(self, method, seed)
-    monkeypatch.setattr(Comparison, 'train', count)
-    with pytest.raises(KeyboardInterrupt): main(['compare', 'digits', *FAST, '--out', str(out)])
-    assert len((out/'runs.csv').read_text().splitlines()) == 3
-    damaged = out/'predictions'/'ce-0.npz'
-    damaged.write_bytes(damaged.read_bytes()[:500])
-    trained.clear()
-    monkeypatch.setattr(Comparison, 'train', lambda self, m, s: trained.append((m, s)) or train(self, m, s))
-    assert main(['compare', 'digits', *FAST, '--out', str(out), '--resume']) == 0
-    assert trained == [('ce', 0), ('ce', 1), ('ls', 1)]
-    assert json.loads((out/'summary.json').read_text()) == whole
-
-
-@pytest.mark.parametrize('args, words', [
-    (['imagenette'], 'digits, mnist5k'), (['--methods', 'ce,magic'], "Unknown method 'magic'"), (['--methods', 'ce,ce'], 'twice'),
-    (['--arch', 'vit_tiny_patch16_224'], 'another --size'), (['--arch', 'vgg11'], 'another --size'), (['--out', '/proc/no/such'], '/proc/no'),
-    (['--methods', ''], 'Unknown method'), (['--arch', 'resnet_18'], 'resnet18'), (['--eps', '1.5'], r'eps must lie in [0, 1]'), (['--eps', 'x'], '--eps'),
-    (['--noise', '1'], 'noise must lie in [0, 1)'), (['--noise', '-.1'], 'noise'), (['--epochs', '0'], 'epochs must be at least 1'),
-    (['--seeds', '0'], 'seeds'), (['--bs', '1'], 'bs'),
-    (['--bs', '99999'], 'training images'), (['--valid_pct', '1'], 'valid_pct'), (['--valid_pct', '.001'], 'valid_pct'), (['--size', '2'], 'size'),
-    (['--weights', 'nowhere.pth'], 'nowhere.pth'), (['--resume'], '--out'), (['--colour'], '--colour'), (['digits', 'more'], 'more')])
-def test_mistakes_are_one_line_and_write_nothing(args, words, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try: code = main(['compare', *args])
-    except SystemExit as e: code = e.code
-    err = capsys.readouterr().err.strip()
-    assert code == 2 and words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
-def test_folder_of_another_run(tmp_path, capsys):
-    (tmp_path/'notes.txt').write_text('mine')
-    assert main(['compare', *FAST, '--out', str(tmp_path)]) == 2
-    assert 'holds another run' in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ['notes.txt']
-    assert main(['compare', *FAST, '--out', str(tmp_path), '--resume']) == 2
-    (tmp_path/'config.json').write_text(json.dumps({**Comparison(epochs=1).config, 'eps': .2}))
-    assert main(['compare', *FAST, '--out', str(tmp_path), '--resume']) == 2
-    assert 'eps=0.2' in capsys.readouterr().err
-    (tmp_path/'config.json').write_text('[]')
-    assert main(['compare', *FAST, '--out', str(tmp_path), '--resume']) == 2
-    assert main(['compare', *FAST, '--out', str(tmp_path/'notes.txt')]) == 2
-    assert main(['compare', *FAST, '--out', str(tmp_path/'notes.txt'/'x')]) == 2
+def test_same_seeds_same_figures_and_fresh_ones_are_others():
+    a, b = (Comparison('iris', ('ls',), epochs=1, seeds=2).run(progress=False) for _ in range(2))
+    assert a == b
+    fresh = Comparison('iris', ('ls',), epochs=1, seeds=1, seed0=1)
+    fresh.run(progress=False)
+    assert [r['seed'] for r in fresh.rows] == [1] and fresh.config['seed0'] == 1
 
 
 def test_a_batch_of_one_is_left_out():
@@ -227,50 +119,147 @@ def test_a_batch_of_one_is_left_out():
     assert 1437 % 4 == 1 and len(learn.dls.train) == 1437//4
 
 
-def test_installed_command(tmp_path):
-    "The console script, from another folder, with its default output folder"
-    exe = os.path.join(os.path.dirname(sys.executable), 'fastai-smooth')
-    assert subprocess.run([exe, '--version'], capture_output=True, text=True, check=True).stdout.strip()
-    res = subprocess.run([exe, 'compare', '--epochs', '1', '--seeds', '1', '--methods', 'ce'], capture_output=True, text=True, cwd=tmp_path)
-    assert res.returncode == 0 and 'Report: fastai_smooth_runs' in res.stdout, res.stderr
-    assert len(list(tmp_path.glob('fastai_smooth_runs/digits-*/summary.json'))) == 1
-    res = subprocess.run([exe, 'compare', 'nothing'], capture_output=True, text=True, cwd=tmp_path)
-    assert res.returncode == 2 and len(res.stderr.strip().splitlines()) == 1
+def test_each_strength_is_a_method():
+    both, one = (Comparison('iris', ('ce', 'ls'), eps=eps, epochs=1, seeds=2) for eps in ([.1, .4], .4))
+    s = both.run(progress=False)
+    assert list(s['methods']) == ['ce', 'ls@0.1', 'ls@0.4'] and 'differ only in ε' in s['verdict']
+    assert one.run(progress=False)['methods']['ls'] == s['methods']['ls@0.4']
 
 
-def test_module_runs_as_a_script():
-    res = subprocess.run([sys.executable, '-m', 'fastai_smooth.cli', '--version'], capture_output=True, text=True)
-    assert res.returncode == 0 and res.stdout.strip()
+# -- what is checked before anything runs
+
+@pytest.mark.parametrize('args, words', [
+    (['imagenette'], 'digits, mnist5k'), (['--methods', 'ce,magic'], "Unknown method 'magic'"), (['--methods', 'ce,ce'], 'twice'),
+    (['--arch', 'vit_tiny_patch16_224'], 'another --size'), (['--out', '/proc/no/such'], '/proc/no'), (['--methods', ''], 'Unknown method'),
+    (['--arch', 'resnet_18'], 'resnet18'), (['--eps', '1.5'], r'eps must lie in [0, 1]'), (['--noise', '1'], 'noise must lie in [0, 1)'),
+    (['--epochs', '0'], 'epochs must be at least 1'), (['--bs', '99999'], 'training images'), (['--valid_pct', '1'], 'valid_pct'),
+    (['--valid_pct', '.001'], 'valid_pct'), (['--size', '2'], 'size'), (['--weights', 'nowhere.pth'], 'nowhere.pth'), (['--resume'], '--out')])
+def test_mistakes_are_one_line_and_write_nothing(args, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try: code = main(['compare', *args])
+    except SystemExit as e: code = e.code
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-# -- distributions as methods
-
-def test_methods_smooth_with_distributions_of_the_training_set():
-    dls = digits(valid_pct=.5)
-    made = {name: method_callbacks(name, .2, dls)[0].dist for name in ('ls', 'prior', 'similarity', 'ols', 'zipf')}
-    assert made['ls'] is None and [type(made[n]).__name__ for n in made][1:] == ['ClassPrior', 'Similarity', 'Online', 'Zipf']
-    counts = np.bincount([int(dls.train_ds[i][1]) for i in range(len(dls.train_ds))], minlength=10)
-    assert made['prior'].counts == counts.tolist() and made['ols'].n_classes == 10
-    x = np.stack([np.asarray(dls.train_ds[i][0]).ravel()/255 for i in range(len(dls.train_ds))])
-    y = np.array([int(dls.train_ds[i][1]) for i in range(len(dls.train_ds))])
-    means = np.stack([x[y == k].mean(0) for k in range(10)])
-    means -= means.mean(0)
-    unit = means/np.linalg.norm(means, axis=1, keepdims=True)
-    np.fill_diagonal(logits := unit@unit.T/.3, -np.inf)
-    expected = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(made['similarity'].matrix(10).numpy(), expected, atol=2e-3)
-    with pytest.raises(ValueError, match='needs classes that are paths'): method_callbacks('taxonomy', .2, dls)
-    dls.vocab[:] = [f'{"round" if v in "0689" else "straight"}/{v}' for v in map(str, dls.vocab)]
-    assert method_callbacks('mixup+taxonomy', .2, dls)[0].dist.n_classes == 10
-    with pytest.raises(ValueError, match='Unknown method'): method_callbacks('ls+ols')
+def test_empty_strengths():
+    with pytest.raises(ValueError, match='eps is empty'): Comparison('digits', ('ce', 'ls'), eps=[])
 
 
-def test_confusable_noise(tmp_path):
-    one = Comparison('digits', ('ce',), noise=.5, pairs='4:9,9:4', epochs=1, seeds=1)
-    clean = Comparison('digits', ('ce',), epochs=1, seeds=1)
-    noisy, true = ([int(learn.dls.train_ds[i][1]) for i in range(1437)] for learn in (one.learner('ce', 0), clean.learner('ce', 0)))
-    changed = [(a, b) for a, b in zip(true, noisy) if a != b]
-    assert set(changed) == {(4, 9), (9, 4)} and 100 < len(changed) < 190
-    assert '--pairs' in one.arguments() and '--pairs' not in clean.arguments()
-    for bad in ('4-9', '4', 'a:b', '3:12'):
-        with pytest.raises(ValueError, match='pairs'): Comparison('digits', ('ce',), noise=.5, pairs=bad, epochs=1, seeds=1)
+def test_results_inside_the_data_are_refused(tmp_path):
+    write_digits(tmp_path, 100, nested=False)
+    with pytest.raises(ValueError, match='lies inside the data folder'): Comparison(tmp_path, ('ce',), size=8, bs=8, out=tmp_path/'results')
+    assert Comparison(tmp_path, ('ce',), size=8, bs=8, out=tmp_path/'fastai_smooth_runs'/'a').n_train == 80, "which readers leave out"
+
+
+def test_rare_classes_are_named_and_not_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(rng.normal(size=(120, 3)), columns=list('abc'))
+    frame['label'] = ['x', 'y']*58+['rare']*3+['once']
+    frame.to_csv(tmp_path/'t.csv', index=False)
+    c = Comparison(tmp_path/'t.csv', ('ce', 'ls'), epochs=1, seeds=2, bs=16)
+    assert c.rare == ['once', 'rare'] and 'Warning: fewer than two validation rows in some split of once, rare' in c.describe()
+    assert set(c.run(progress=False)['methods']) == {'ce', 'ls'}
+
+
+# -- folders and interruptions
+
+def test_folder_of_another_run(tmp_path, capsys):
+    (tmp_path/'notes.txt').write_text('mine')
+    assert main(['compare', 'iris', *FAST, '--out', str(tmp_path)]) == 2
+    assert 'holds another run' in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ['notes.txt']
+    (tmp_path/'config.json').write_text(json.dumps({**Comparison('iris', epochs=1).config, 'eps': .2}))
+    with pytest.raises(ValueError, match=r'eps=0.2 \(here 0.1\)'): Comparison('iris', ('ce', 'ls'), epochs=1, out=tmp_path, resume=True)
+
+
+def test_a_run_that_came_first_keeps_its_folder(tmp_path):
+    first, second = (Comparison('iris', ('ce',), epochs=1, seeds=1, eps=eps, out=tmp_path/'run') for eps in (.1, .2))
+    first.run(progress=False)
+    noted = (tmp_path/'run'/'config.json').read_text()
+    with pytest.raises(ValueError, match='another run by now'): second.run(progress=False)
+    assert (tmp_path/'run'/'config.json').read_text() == noted
+
+
+@pytest.mark.slow
+def test_resume_after_a_stop(tmp_path, monkeypatch):
+    "Finished runs are kept, a damaged file is done again, and the figures are those of one go"
+    make = lambda out=None, resume=False: Comparison('iris', ('ce', 'ls'), epochs=1, seeds=2, out=out, resume=resume)
+    whole, out, trained, train = make().run(progress=False), tmp_path/'run', [], Comparison.train
+
+    def stops(self, method, seed):
+        if len(trained) == 2: raise KeyboardInterrupt
+        trained.append((method, seed))
+        return train(self, method, seed)
+    monkeypatch.setattr(Comparison, 'train', stops)
+    with pytest.raises(KeyboardInterrupt): make(out).run(progress=False)
+    assert len((out/'runs.csv').read_text().splitlines()) == 3
+    damaged = out/'predictions'/'ce-0.npz'
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    trained.clear()
+    monkeypatch.setattr(Comparison, 'train', lambda self, m, s: trained.append((m, s)) or train(self, m, s))
+    make(out, True).run(progress=False)
+    assert trained == [('ce', 0), ('ce', 1), ('ls', 1)] and json.loads((out/'summary.json').read_text()) == whole
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_one_line_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
+    keep, kept = Comparison._keep, []
+
+    def fills_up(self, res, method, seed):
+        if len(kept) == 2: raise OSError(28, 'No space left on device', str(self._file(method, seed)))
+        kept.append((method, seed))
+        return keep(self, res, method, seed)
+    monkeypatch.setattr(Comparison, '_keep', fills_up)
+    args = ['compare', 'iris', *FAST, '--out', str(tmp_path/'run')]
+    assert main(args) == 2
+    err = capsys.readouterr().err.strip()
+    assert 'No space left' in err and 'ce-1.npz' in err and len(err.splitlines()) == 1
+    assert len(list((tmp_path/'run'/'predictions').glob('*.npz'))) == 2 and len((tmp_path/'run'/'runs.csv').read_text().splitlines()) == 3
+    monkeypatch.setattr(Comparison, '_keep', keep)
+    assert main([*args, '--resume']) == 0
+
+
+@pytest.mark.slow
+def test_several_labels_end_to_end(tmp_path):
+    labels = write_digits(tmp_path/'images', 300, nested=False)
+    files = {int(f.stem): f.relative_to(tmp_path).as_posix() for f in (tmp_path/'images').rglob('*.png')}
+    tags = [' '.join([['even', 'odd'][k % 2]]+(['small'] if k < 5 else [])) for k in labels]
+    pd.DataFrame({'file': [files[i] for i in range(300)], 'label': tags}).to_csv(tmp_path/'labels.csv', index=False)
+    c = Comparison(tmp_path/'labels.csv', ('ce', 'mixup+ls'), delimiter=' ', size=16, bs=32, epochs=2, seeds=2)
+    s = c.run(progress=False)
+    assert s['n_classes'] == 3 and s['n_valid'] == 60 and 'against ce' in s['verdict']
+    for row in c.rows:
+        z, y = (torch.as_tensor(c.predictions[row['method'], row['seed']][k]).double() for k in ('logits', 'labels'))
+        assert row['nll'] == pytest.approx(torch.nn.functional.binary_cross_entropy_with_logits(z, y).item(), rel=1e-6)
+        assert row['accuracy'] == pytest.approx(((z > 0) == (y > .5)).double().mean().item()) and len(y) == 60
+
+
+# -- processes
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_jobs_give_the_same_figures(tmp_path):
+    for jobs in ('1', '2'):
+        command = [*CLI, 'iris', *FAST, '--jobs', jobs, '--out', str(tmp_path/jobs)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'})
+    for name in ('runs.csv', 'summary.json'): assert (tmp_path/'1'/name).read_text() == (tmp_path/'2'/name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path):
+    "kill -9 in the middle; meanwhile nobody else may use the folder"
+    command = [*CLI, 'digits', '--epochs', '4', '--seeds', '3', '--methods', 'ce,ls', '--out', str(tmp_path/'killed')]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    for _ in range(3000):
+        if list(tmp_path.glob('killed/predictions/*.npz')): break
+        time.sleep(.1)
+    with pytest.raises(ValueError, match='in use by another run'):
+        with Comparison('digits', ('ce', 'ls'), epochs=4, seeds=3, out=tmp_path/'killed', resume=True)._folder.claim(): pass
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path/'killed'/'summary.json').exists()
+    subprocess.run([*command, '--resume'], check=True, capture_output=True, env=env)
+    subprocess.run([*command[:-1], str(tmp_path/'whole')], check=True, capture_output=True, env=env)
+    for name in ('runs.csv', 'summary.json'): assert (tmp_path/'killed'/name).read_text() == (tmp_path/'whole'/name).read_text()

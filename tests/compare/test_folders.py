@@ -1,6 +1,7 @@
 "Comparisons on folders of images"
 import json
 
+import pytest
 import torch
 from users_files import write_digits
 
@@ -8,6 +9,7 @@ from fastai_smooth.cli import main
 from fastai_smooth.compare import Comparison
 
 
+@pytest.mark.slow
 def test_compare_with_nested_folders_as_tree(tmp_path, capsys):
     write_digits(tmp_path/'photos', 400)
     out = tmp_path/'run'

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings('ignore:The temperature', 'ignore:.*not 
 def test_masks_side_by_side(tmp_path):
     "Known pixels only, the same ones for every method, and the figures are those of a plain loop over them"
     write_masks(tmp_path/'data')
-    args = ['compare', str(tmp_path/'data'), '--size', '24', '--ignore', '255', '--bs', '8', '--epochs', '1', '--seeds', '2', '--methods', 'ce,spatial,cutmix+ls']
+    args = ['compare', str(tmp_path/'data'), '--size', '24', '--ignore', '255', '--bs', '8', '--epochs', '1', '--seeds', '2',
+            '--methods', 'ce,spatial,cutmix+ls']
     assert main([*args, '--out', str(tmp_path/'run')]) == 0
     s = json.loads((tmp_path/'run'/'summary.json').read_text())
     assert s['arch'] == 'segmenter' and s['n_train'] == 32 and s['n_valid'] == 8 and s['n_classes'] == 11
@@ -100,7 +101,8 @@ def test_what_fits_runs_and_what_does_not_is_named(kind):
     (['docstrings', '--methods', 'mixup'], "'mixup' does not fit texts"), (['iris', '--size', '8'], 'size'),
     (['digit_masks', '--arch', 'resnet_18'], 'such as resnet18'), (['digit_masks', '--noise', '.1'], 'noise puts'),
     (['digits', '--noise', '0,1'], 'noise must lie'), (['digits', '--methods', 'ls~2'], "in 'ls~2'"), (['digits', '--methods', 'ls~x'], 'not a number'),
-    (['digits', '--pretrained'], 'no pretrained weights'), (['digits', '--lr', '0'], 'lr must be above 0'), (['digits', '--methods', 'spatial'], 'does not fit images')])
+    (['digits', '--pretrained'], 'no pretrained weights'), (['digits', '--lr', '0'], 'lr must be above 0'),
+    (['digits', '--methods', 'spatial'], 'does not fit images')])
 def test_mistakes_are_one_line(args, words, tmp_path, capsys):
     try: code = main(['compare', *args, '--out', str(tmp_path/'run')])
     except SystemExit as e: code = e.code
