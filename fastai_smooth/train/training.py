@@ -28,7 +28,7 @@ from .page import plot_both, write_training_report
 from .processes import Processes, choose_threads
 from .registry import recipe
 
-# %% ../../nbs/88_train.training.ipynb #4e871b06
+# %% ../../nbs/88_train.training.ipynb #d37ca12a
 def _by_value(v):
     "Items without what differs from machine to machine"
     if isinstance(v, Path): return v.name,v.stat().st_size
@@ -43,7 +43,7 @@ def fingerprint_of(
     vocab = [str(v) for v in getattr(dls, 'vocab', ())]
     return joblib.hash([_by_value(dls.train_ds.items), _by_value(dls.valid_ds.items), vocab, weights and Path(weights).read_bytes()])
 
-# %% ../../nbs/88_train.training.ipynb #dc7cbbe4
+# %% ../../nbs/88_train.training.ipynb #6f4df79d
 def write_metrics(path, names, rows):
     "A row per epoch"
     write_text(path, pd.DataFrame(rows, columns=names).to_csv(index=False, lineterminator='\n'))
@@ -67,7 +67,7 @@ class EpochLog(Checkpoints):
         if len(each) != self.team.n: raise ValueError(f"{self.file} is of {len(each)} processes, but here are {self.team.n}: resume with as many.")
         return {**state, 'random': each[self.team.rank]}
 
-# %% ../../nbs/88_train.training.ipynb #3cd32562
+# %% ../../nbs/88_train.training.ipynb #3442ad08
 class _Training:
     "A recipe, data and a folder, on one process or many"
     def __init__(self, name, data, out, resume, changes):
@@ -121,7 +121,9 @@ class _Training:
     @property
     def command(self):
         "The command that repeats the training"
-        changes = [a for k in self.changes for a in ('--set', f'{k}={self.settings[k]}')]
+        def text(v): return {True: 'yes', False: 'no'}[v] if isinstance(v, bool) else ','.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
+        options = {f"--{k.replace('_', '-')}": v for k, v in self.changes.items()}
+        changes = [a for k, v in options.items() for a in ([k] if k == '--skip-broken' else [k, text(v)])]
         return shlex.join(['fastai-smooth', 'train', self.recipe.name, *([] if self.data is None else [str(self.data)]), *changes])
 
     def finish(self):
@@ -143,7 +145,7 @@ class _Training:
         self.log.file.unlink(missing_ok=True)
         return summary
 
-# %% ../../nbs/88_train.training.ipynb #40e2eaff
+# %% ../../nbs/88_train.training.ipynb #696d7e6e
 def train(
     name:str, # Of a recipe
     data=None, # Folder or file of the data. None: the recipe's own

@@ -38,7 +38,7 @@ def test_train_leaves_a_calibrated_learner(tmp_path, capsys):
     s, rows = json.loads((out/'summary.json').read_text()), list(csv.DictReader((out/'metrics.csv').open()))
     assert s['recipe'] == 'digits' and s['settings']['epochs'] == 4 and s['settings']['eps'] == .2 and len(rows) == 4 and float(rows[-1]['accuracy']) > .8
     page = (out/'report.html').read_text()
-    assert 'yours' in page and 'Szegedy' in page and '<script' not in page and 'fastai-smooth train digits --set epochs=4 --set eps=0.2' in page
+    assert 'yours' in page and 'as compare digits' in page and '<script' not in page and 'fastai-smooth train digits --eps 0.2 --epochs 4' in page
     # in a fresh process the learner predicts the probabilities of that temperature
     code = ("import sys, torch; from fastai.learner import load_learner; learn = load_learner(sys.argv[1]); torch.set_num_threads(1)\n"
             "learn.remove_cbs([c for c in learn.cbs if type(c).__name__ == 'ProgressCallback']); learn.path = '.'\n"
