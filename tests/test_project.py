@@ -70,7 +70,9 @@ def test_a_module_imports_only_earlier_ones(module):
         elif ours:
             of_room = [m for m in MODULES if room_of(m) == room_of(ours)]
             if room_of(ours) == room_of(module): assert ours in earlier, f'{module} imports the later {ours}'
-            else: assert of_room and all(m in earlier for m in of_room) and ours == room_of(ours), f'{module} imports {ours}: of another room, its package, and an earlier one'
+            else:
+                earlier_room = of_room and all(m in earlier for m in of_room)
+                assert earlier_room and ours == room_of(ours), f'{module} imports {ours}: not an earlier room, or a file in it'
 
 
 def test_no_notebook_imports_a_later_room():

@@ -57,7 +57,8 @@ def test_torchs_own_loss(shape, axis, reduction, weight, calls):
         if ignore_index is not None: y.view(-1)[::4] = ignore_index
         results = []
         index, coefficient = paths.kept_entries(y.unsqueeze(axis), None, K, ignore_index, z.dtype)
-        own = partial(paths.torch_cross_entropy, index=index, coefficient=coefficient, eps=eps, axis=axis % z.ndim, weight=weight, reduction=reduction, formula=None)
+        own = partial(paths.torch_cross_entropy, index=index, coefficient=coefficient, eps=eps, axis=axis % z.ndim, weight=weight,
+                      reduction=reduction, formula=None)
         exact = partial(smooth_cross_entropy_reference, target=y, eps=eps, axis=axis, weight=weight, ignore_index=ignore_index, reduction=reduction)
         for loss in (own, exact):
             x = z.clone().requires_grad_()
