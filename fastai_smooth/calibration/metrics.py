@@ -274,7 +274,10 @@ def on_grid(
 # %% ../../nbs/61_calibration.metrics.ipynb #cfc3140d
 class SmoothECE(_Kept):
     "Calibration error without bins, smoothed by a kernel as wide as the error. Błasiok & Nakkiran 2023, https://arxiv.org/abs/2309.12236"
-    def smoothed(self, sigma): # the mean size of the smoothed gaps
+    def smoothed(self,
+        sigma:float # Width of the kernel, above 0
+    )->float: # In [0, 1]
+        "Mean size of the gaps between confidence and correctness, smoothed by a reflected Gaussian"
         f,y = (v.cpu().numpy() for v in self.kept())
         at = np.linspace(0, 1, max(round(10/sigma), 200))
         return np.abs(on_grid(f, f-y, sigma, at)).sum()/(on_grid(f, np.ones_like(f), sigma, at)+1e-4).sum()
@@ -314,11 +317,19 @@ class DebiasedCE(AdaptiveECE):
 # %% ../../nbs/61_calibration.metrics.ipynb #1658b71c
 class NLL(_Mean):
     "Negative log-likelihood of the labels in nats, whatever the training loss. Never inf: a probability of 0 counts as the smallest number"
-    def parts(self, rows): return nll_of(rows)
+    def parts(self,
+        rows # Rows of a batch
+    )->tuple: # Values and their weights, (n,) each
+        "Negative log-likelihood of each row"
+        return nll_of(rows)
 
 class Brier(_Mean):
     "Brier score: squared distance of the probabilities from the label, summed over the classes, mean over the examples. Brier 1950"
-    def parts(self, rows): return (rows.p-rows.q).square().nansum(1),(~rows.q.isnan()).any(1).double()
+    def parts(self,
+        rows # Rows of a batch
+    )->tuple: # Values and their weights, (n,) each
+        "Brier score of each row, 0 weight without a known label"
+        return (rows.p-rows.q).square().nansum(1),(~rows.q.isnan()).any(1).double()
 
 # %% ../../nbs/61_calibration.metrics.ipynb #eebc10f1
 FIGURES = dict(accuracy=_Accuracy, nll=NLL, ece=ECE, adaptive_ece=AdaptiveECE, classwise_ece=ClasswiseECE, mce=MCE, brier=Brier, aurc=AURC)

@@ -237,7 +237,10 @@ class Predictions(Rows):
         return cls.of_rows(as_rows(pred, target, loss, act))
 
     @classmethod
-    def of_rows(cls, rows:Rows)->'Predictions': # Without those that are ignored
+    def of_rows(cls,
+        rows:Rows # What `as_rows` gave
+    )->'Predictions': # Without the ignored ones
+        "Predictions from the rows of a batch"
         rows = rows[rows.mass > 0]
         return cls(rows.z, rows.q, rows.example, rows.act, rows.form, rows.binary, rows.axis, rows.mass, rows.ndim)
 
