@@ -37,6 +37,8 @@ CONTRACT = {
     'Spatial': 'kernel_size=3, sigma=1.',
     'smooth_cross_entropy': "logits, target, eps=.1, *, axis=-1, weight=None, weight_by='class', ignore_index=-100, reduction='mean'",
     'smooth_binary_cross_entropy': "logits, target, eps=.1, *, convention='half', weight=None, pos_weight=None, reduction='mean'",
+    'smooth_linear_cross_entropy': "features, weight, target, eps=.1, *, bias=None, dist=None, class_weight=None, weight_by='class', ignore_index=-100, "
+                                   "reduction='mean', chunk='auto'",
     'LabelSmoothingCrossEntropy': CROSS_ENTROPY,
     'LabelSmoothingCrossEntropyFlat': CROSS_ENTROPY,
     'LabelSmoothingBCE': "eps=.1, weight=None, reduction='mean', *, pos_weight=None, convention=None, eps_pos=None, eps_neg=None, thresh=.5, "
@@ -57,6 +59,8 @@ CONTRACT = {
     'NLL': '',
     'Brier': '',
     'AURC': "score='msp', p=2",
+    'SmoothECE': '', 'DebiasedCE': '', 'AUGRC': '',
+    'calibration_test': 'probs, labels',
     'CalibrationInterpretation.from_learner': 'learn, ds_idx=1, dl=None',
     'CalibrationInterpretation.metrics': '',
     'CalibrationInterpretation.plot_reliability': 'n_bins=15, *, ax=None',
@@ -76,7 +80,7 @@ CONTRACT = {
 }
 LOSSES = [n for n in CONTRACT if n.startswith(('LabelSmoothing', 'MultiLabel', 'LogitPenalty')) and n != 'LabelSmoothing']
 # of `fastai-smooth compare`, with the defaults where these do not depend on the data
-OPTIONS = {'data': 'digits', 'eps': .1, 'noise': 0., 'epochs': None, 'seeds': 3, 'weights': None, 'bs': 64, 'size': None, 'valid_pct': .2, 'out': None,
+OPTIONS = {'data': 'digits', 'eps': .1, 'noise': 0., 'epochs': None, 'seeds': 5, 'weights': None, 'bs': 64, 'size': None, 'valid_pct': .2, 'out': None,
            'resume': False}
 
 

@@ -295,7 +295,10 @@ class SmoothECE(_Kept):
         "The mean size of the smoothed gaps"
         return self.smoothed(self.width())
 
-    def curve(self, at, sigma=None)->tuple: # Share that is right and density, at each confidence
+    def curve(self,
+        at:np.ndarray, # Confidences in [0, 1], evenly spaced
+        sigma:float|None=None, # Width of the kernel. None: the one of the figure
+    )->tuple: # Share that is right and density, at each confidence
         "What a smooth reliability diagram shows"
         f,y = (v.cpu().numpy() for v in self.kept())
         sigma = self.width() if sigma is None else sigma
