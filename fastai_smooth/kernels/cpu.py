@@ -13,13 +13,15 @@ import math
 import torch
 from torch import Tensor
 
+from ..targets import transforms_active
+
 # %% ../../nbs/21_kernels.cpu.ipynb #b2d9a4e4
 def several_at_once(
     grad:Tensor # Incoming gradient
 )->bool: # True for a batch of gradients that looks like one
     "Whether `torch.autograd.grad(..., is_grads_batched=True)` or a vmap asks for several gradients"
-    # torch has no public name for this
-    return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._are_functorch_transforms_active()
+    # torch has no public name for the first
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or transforms_active()
 
 class LossWithGradient(torch.autograd.Function):
     "A loss whose gradient was computed with it"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..targets import (base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, check_labels, is_index, is_mixed, is_readable,
-                                   per_class, shape_error)
+                                   per_class, shape_error, transforms_active)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #3c3cd939
 def check_several_classes(
@@ -59,8 +59,7 @@ def in_transform(
     x:Tensor # Floating input of a loss
 )->bool: # True where only plain tensor operations work
     "Whether a compiler, a tracer, a functional transform or forward-mode differentiation runs the call"
-    # torch has no public name for "functorch transforms are active"
-    return (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    return (torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing()
             or forward_ad.unpack_dual(x).tangent is not None)
 
 def kept_entries(

@@ -36,12 +36,17 @@ def is_mixed(
     "Whether `y` is a mixture of index targets that stands for its dense form"
     return not isinstance(y, Tensor) and hasattr(y, 'indices') and hasattr(y, 'dense')
 
+def transforms_active(
+)->bool: # True inside vmap, grad, jvp and their like
+    "Whether a functional transform runs the call"
+    # torch has no public way to ask
+    return torch._C._are_functorch_transforms_active()
+
 def is_readable(
     x:Tensor # Any tensor
 )->bool: # False on a GPU, where reading stalls the device, and inside a compiler or a transform, where there are no values
     "Whether the values of `x` can be checked here and now"
-    # torch has no public way to ask whether vmap, grad or jvp are running
-    return x.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return x.is_cpu and not torch.compiler.is_compiling() and not transforms_active()
 
 # %% ../../nbs/00_targets.dense.ipynb #c1a5d3e1
 def label_error(
