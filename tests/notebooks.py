@@ -1,4 +1,5 @@
 "Runs one notebook in a process of its own"
+import multiprocessing
 import os
 import warnings
 
@@ -13,6 +14,7 @@ FASTAI = 'fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'fastai_s
 
 def run(path, root, log):
     "Execute all cells but the slow ones; what is printed goes to the file `log`; exit code 1 for an error"
+    if 'fork' in multiprocessing.get_all_start_methods(): multiprocessing.set_start_method('fork', force=True)  # for the workers of data loaders
     with open(log, 'w', encoding='utf-8') as f:
         for stream in (1, 2): os.dup2(f.fileno(), stream)
         ok, _ = test_nb(path, basepath=root, skip_flags=['slow'])

@@ -279,6 +279,7 @@ def first_targets(
     "What the validation set gives as targets"
     loaders = getattr(learn.dls, 'loaders', ())
     loader = loaders[1] if len(loaders) > 1 else None
+    loader = getattr(loader, '__dict__', {}).get('dl', loader) # fastai's DistributedDL holds the loader that it shares out
     dataset = getattr(loader, 'dataset', None)
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, '__getitem__') or not len(loader): return None
     with same_randomness(): item = loader.do_item(0) if isinstance(loader, DataLoader) else dataset[0]
