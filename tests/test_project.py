@@ -196,6 +196,12 @@ def test_readme_is_the_index():
     subprocess.run([sys.executable, str(ROOT/'.ci'/'readme.py'), '--check'], check=True)
 
 
+def test_readme_shows_what_the_command_printed():
+    "`python tests/benchmarks/readme.py` writes the files, the index reads them"
+    for p in (ROOT/'nbs'/'figures').glob('compare_*.txt'):
+        assert ' '.join(p.read_text(encoding='utf-8').split()) in ' '.join((ROOT/'README.md').read_text(encoding='utf-8').split()), f'README is older than {p.name}'
+
+
 def test_the_sidebar_lists_every_notebook_in_order():
     listed = re.findall(r'- (\S+\.ipynb)', (ROOT/'nbs'/'sidebar.yml').read_text(encoding='utf-8'))
     assert [n for n in listed if n[0].isdigit()] == [p.name for p in NOTEBOOKS.values()]
