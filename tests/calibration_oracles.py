@@ -10,11 +10,13 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from learners import Items
 from scipy.special import expit, log_softmax, softmax
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from fastai_smooth.calibration import Predictions
 from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingNLL
+
+
+SHRINKAGE = 30.
 
 
 class Same(nn.Module):
@@ -142,17 +144,26 @@ def optimum(nll):
 
 
 def best_softmax(z, q):
-    "For rows of logits, and labels or rows of targets"
+    "For rows of logits, and labels or rows of targets, with the prior at 1"
     z, q = np.asarray(z, dtype=np.float64), np.asarray(q, dtype=np.float64)
     if q.ndim == 1: q = np.eye(z.shape[1])[q.astype(int)]
-    return optimum(lambda t: -(q*log_softmax(z/t, 1)).sum())
+    return optimum(lambda t: -(q*log_softmax(z/t, 1)).sum() + np.log(t)**2/2)
 
 
-def best_sigmoid(z, y):
-    "For one column: 1/T is the coefficient of a logistic regression without intercept and penalty"
-    z, y = np.asarray(z, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    known = ~np.isnan(y)
-    return 1/LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10, max_iter=1000).fit(z[known, None], y[known] > .5).coef_[0, 0]
+def best_sigmoids(z, y):
+    "For columns: a temperature of all entries, to which that of each label is drawn"
+    z, y = (np.asarray(t, dtype=np.float64).reshape(len(t), -1) for t in (z, y))
+    nll = lambda t, z, y: np.where(np.isnan(y), 0., np.logaddexp(0., z/t)-np.nan_to_num(y)*z/t).sum()
+    shared = optimum(lambda t: nll(t, z, y) + np.log(t)**2/2)
+    if z.shape[1] == 1: return [shared]
+    res = []
+    for k in range(z.shape[1]):
+        positives, negatives = np.nansum(y[:, k]), np.nansum(1-y[:, k])
+        if not positives*negatives: res.append(shared)
+        else:
+            precision = 1 + SHRINKAGE*(1/positives + 1/negatives)
+            res.append(optimum(lambda t: nll(t, z[:, k], y[:, k]) + precision*np.log(t/shared)**2/2))
+    return res
 
 
 def close(t, expected): np.testing.assert_allclose(np.asarray(t), expected, rtol=1e-3)

@@ -1,4 +1,6 @@
 "Learners whose inputs are their own truth: an image of one-hot labels is mixed as its labels are"
+from contextlib import contextmanager
+
 import fastai.callback.progress  # noqa: F401  (gives the Learner `no_bar`)
 import numpy as np
 import oracles
@@ -57,14 +59,17 @@ def make_learner(kind='index', loss_func=None, cbs=(), n=24, bs=8, c=K, **kwargs
     return Learner(dls, model, loss_func=loss_func, cbs=cbs, default_cbs=True, lr=.1, **kwargs)
 
 
-class Look(Callback):
+class WhatTheLossSaw(Callback):
     "After each training loss: keep input, prediction, loss and target, as everybody else sees them"
-    order, run_valid = 90, False
+    order, run_valid, name = 90, False, 'look'
 
     def before_fit(self): self.seen = []
 
     def after_loss(self):
         self.seen.append((self.learn.xb[0].detach().clone(), self.learn.pred.detach().clone(), float(self.learn.loss_grad), self.learn.yb))
+
+
+Look = WhatTheLossSaw
 
 
 def truth_of(x, kind): return x if kind == 'mask' else x.mean((2, 3))
@@ -80,8 +85,14 @@ def expected_binary_loss(x, pred, eps, convention):
     return oracles.binary_cross_entropy(pred.tolist(), q)
 
 
+@contextmanager
+def quiet(learn):
+    "Nothing is shown or printed"
+    with learn.no_bar(), learn.no_logging(): yield learn
+
+
 def fit(learn, *args, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kwargs)
+    with quiet(learn): learn.fit(*args, **kwargs)
     return learn
 
 

@@ -73,3 +73,11 @@ def binary_cross_entropy(logits, targets, weight=None, pos_weight=None):
             total -= w*(wp*y*log_p + (1-y)*log_not)
             known += 1
     return total/known if known else 0.
+
+
+def relaxation_row(z, y, alpha):
+    "KL divergence of logits from the nearest distribution that gives the label at least 1-alpha"
+    p = [math.exp(v) for v in log_softmax_row(z)]
+    if p[y] >= 1-alpha: return 0.
+    r = [1-alpha if k == y else alpha*p[k]/sum(p[j] for j in range(len(p)) if j != y) for k in range(len(p))]
+    return sum(a*math.log(a/b) for a, b in zip(r, p) if a)

@@ -1,17 +1,20 @@
 #!/usr/bin/env python
 """Time the losses against torch, fastai and timm, forward and backward, in interleaved rounds of one process.
 
-    python tests/benchmarks/losses.py [--threads 1] [--rounds 9] [--only index] [--compile]
+    python tests/benchmarks/losses.py [--threads 1] [--rounds 9] [--only index] [--compile] [--json nbs/figures/losses_cpu.json]
 
-prints a Markdown table of ratios. t: over torch's own loss, F.cross_entropy(label_smoothing=.1), or F.binary_cross_entropy_with_logits of smoothed
-targets. L: over one out-of-place softmax (sigmoid) of the same logits. mem: the peak of what is allocated over the size of the logits, where the
-gradient alone is 1. --compile adds torch.compile of torch's loss, which takes minutes and a C++ compiler.
+prints a Markdown table of ratios, and writes them as JSON, which the notebook of kernels.cpu reads. t: over torch's own loss,
+F.cross_entropy(label_smoothing=.1), or F.binary_cross_entropy_with_logits of smoothed targets. L: over one out-of-place softmax (sigmoid) of the
+same logits. mem: the peak of what is allocated over the size of the logits, where the gradient alone is 1. --compile adds torch.compile of torch's
+loss, which takes minutes and a C++ compiler.
 
 Seconds differ between machines and between allocators, ratios less so: torch's loss allocates three times the logits and pays for each page that is
 faulted in. `MALLOC_TOP_PAD_`, `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` in the environment change how often that happens.
 """
 import argparse
+import json
 import os
+import platform
 import statistics
 import time
 
@@ -94,17 +97,18 @@ def peak_bytes(f):
 
 def measure(functions, rounds, budget=.05):
     "Median seconds of each function; the functions take turns in every round"
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter # other processes don't count where one thread does the work
     calls, times = {}, {name: [] for name in functions}
     for name, f in functions.items():
         f()
-        start = time.perf_counter()
+        start = clock()
         f()
-        calls[name] = max(1, int(budget/(time.perf_counter()-start)))
+        calls[name] = max(1, int(budget/(clock()-start)))
     for _ in range(rounds):
         for name, f in functions.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls[name]): f()
-            times[name].append((time.perf_counter()-start)/calls[name])
+            times[name].append((clock()-start)/calls[name])
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -114,23 +118,28 @@ def main():
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--only', default='', help="only cases whose name holds this")
     parser.add_argument('--compile', action='store_true', help="also torch.compile of torch's loss")
+    parser.add_argument('--json', help="file to write the ratios to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     malloc = {k: v for k, v in os.environ.items() if k.startswith('MALLOC_')} or 'default'
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} thread(s), medians of {args.rounds} rounds, "
-          f"allocator: {malloc}\n")
-    columns = [('ours', 'torch'), ('ours', 'softmax'), ('torch', 'softmax'), ('fastai', 'torch'), ('timm', 'torch')]
-    names = ['ours t', 'ours L', 'torch L', 'fastai t', 'timm t']
-    if args.compile: columns, names = [*columns, ('compile', 'torch')], [*names, 'torch.compile t']
-    names += ['ours mem', 'torch mem']
-    print(f"| case | {' | '.join(names)} |\n|{'---|'*(len(names)+1)}")
+    cpu = f'{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}'
+    print(f"torch {torch.__version__}, {cpu}, {args.threads} thread(s), medians of {args.rounds} rounds, allocator: {malloc}\n")
+    columns = {'ours t': ('ours', 'torch'), 'ours L': ('ours', 'softmax'), 'torch L': ('torch', 'softmax'), 'fastai t': ('fastai', 'torch'),
+               'timm t': ('timm', 'torch')} | ({'torch.compile t': ('compile', 'torch')} if args.compile else {})
+    print(f"| case | {' | '.join([*columns, 'ours mem', 'torch mem'])} |\n|{'---|'*(len(columns)+3)}")
+    cases = []
     for name, *case in CASES:
         if args.only not in name: continue
         functions, size = contenders(*case, args.compile)
         t = measure(functions, args.rounds)
-        cells = [f"{t[who]/t[to]:.2f}" if who in t else '–' for who, to in columns]
-        cells += [f"{peak_bytes(functions[who])/size:.2f}" for who in ('ours', 'torch')]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        ratios = {column: t[who]/t[to] if who in t else None for column, (who, to) in columns.items()}
+        ratios |= {f'{who} mem': peak_bytes(functions[who])/size for who in ('ours', 'torch')}
+        cases.append({'case': name} | {k: None if v is None else round(v, 3) for k, v in ratios.items()})
+        print(f"| {name} | {' | '.join('–' if v is None else f'{v:.2f}' for v in ratios.values())} |", flush=True)
+    if args.json:
+        with open(args.json, 'w', encoding='utf-8') as f:
+            json.dump(dict(torch=torch.__version__, cpu=cpu, threads=args.threads, rounds=args.rounds, cases=cases), f, indent=1, ensure_ascii=False)
+            f.write('\n')
 
 
 if __name__ == '__main__': main()

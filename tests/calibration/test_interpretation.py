@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from calibration_oracles import (aurc_loop, best_sigmoid, best_softmax, check_untouched, decisions, ece_loop, example_of_kind, learner, naive, several, shared,
+from calibration_oracles import (aurc_loop, best_sigmoids, best_softmax, check_untouched, decisions, ece_loop, example_of_kind, learner, naive, several, shared,
                                  single, snapshot)
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders, TfmdDL
@@ -125,7 +125,7 @@ def test_temperature():
     np.testing.assert_allclose(CalibrationInterpretation(Predictions.of(z, y, CrossEntropyLossFlat())).temperature(), best_softmax(z, y), rtol=1e-3)
     z, y = several()
     t = CalibrationInterpretation(Predictions.of(z, y, BCEWithLogitsLossFlat())).temperature()
-    np.testing.assert_allclose(t, [best_sigmoid(z[:, k], y[:, k]) for k in range(3)], rtol=1e-3)
+    np.testing.assert_allclose(t, best_sigmoids(z, y), rtol=1e-3)
 
 
 @pytest.mark.parametrize('kind', ['index', 'several', 'mask'])
@@ -143,7 +143,7 @@ def test_calibrated(kind):
     assert len(folds) == 4
     for fold in folds:
         others = (np.abs((ratio if binary else ratio[:, :1])-fold) > 1e-5).any(1)
-        best = [best_sigmoid(f(p)[others, k], q[others, k]) for k in range(3)] if binary else [best_softmax(np.log(p[others]), q[others])]
+        best = best_sigmoids(f(p)[others], q[others]) if binary else [best_softmax(np.log(p[others]), q[others])]
         np.testing.assert_allclose(fold, best, rtol=1e-3)
     before, figures = interp.metrics(0), after.metrics(0)
     assert figures.accuracy == before.accuracy and figures.nll < before.nll

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from calibration_oracles import Outputs, Same, best_sigmoid, best_softmax, check_untouched, close, learner, optimum, same, several, single, snapshot
+from calibration_oracles import Outputs, Same, best_sigmoids, best_softmax, check_untouched, close, learner, optimum, same, several, single, snapshot
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from fastai_smooth.callback import LabelSmoothing
 from fastai_smooth.calibration import NLL, Predictions, ScaledModel, TemperatureScaling, cross_fit, fit_temperature, gather
+from fastai_smooth.calibration.temperature import folds_of, nll_split
 from fastai_smooth.data import array_dls, digits_arrays, stratified_split
 from fastai_smooth.losses import (CombinedLoss, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingFocal, LabelSmoothingNLL, LogitPenalty,
                                   MultiLabelSmoothingCrossEntropy)
@@ -76,7 +77,7 @@ def test_probabilities_of_labels(loss):
     z, y = several()
     z = z.clamp(-6, 6)
     calibrated = TemperatureScaling(learner(z.sigmoid(), y, loss)).fit()
-    close(calibrated.temperature, [best_sigmoid(z[:, k], y[:, k]) for k in range(3)])
+    close(calibrated.temperature, best_sigmoids(z, y))
     np.testing.assert_allclose(calibrated.get_preds()[0], expit(z.double().numpy()/np.asarray(calibrated.temperature)), atol=1e-4)
 
 
@@ -106,7 +107,7 @@ def test_probabilities_of_exclusive_classes():
                                   LabelSmoothingBCE(.3), BinaryCrossEntropy(.1)], ids=str)
 def test_a_temperature_for_each_label(loss):
     z, y = several()
-    expected = [best_sigmoid(z[:, k], y[:, k]) for k in range(3)]
+    expected = best_sigmoids(z, y)
     t = fit_temperature(Predictions.of(z, y, loss))
     assert t.shape == (3,)
     close(t, expected)
@@ -117,7 +118,7 @@ def test_unknown_labels_are_left_out():
     z, y = several(k=4, factor=(3., .5, 1.5, 1.))
     hole = torch.rand(400, 3) < .5
     y[:, :3][hole], y[:, 3] = torch.nan, torch.nan
-    expected = [*(best_sigmoid(z[:, k], y[:, k]) for k in range(3)), 1.] # nothing is known of the last one
+    expected = best_sigmoids(z, y) # nothing is known of the last one
     close(fit_temperature(Predictions.of(z, y, LabelSmoothingBCE(.1))), expected)
     close(TemperatureScaling(learner(z, y, LabelSmoothingBCE(.1))).fit().temperature, expected)
     whole = torch.where(y.isnan(), -100, y.nan_to_num(0.)).long()
@@ -130,7 +131,7 @@ def test_several_labels_per_pixel():
     rows = lambda t: t.view(12, 10, 5, 3).movedim(-1, 1).contiguous()
     p = Predictions.of(rows(z), rows(y), BCEWithLogitsLossFlat(axis=1))
     np.testing.assert_allclose(p.figures(['classwise_ece'])['classwise_ece'], Predictions.of(z, y, BCEWithLogitsLossFlat()).figures()['classwise_ece'])
-    close(fit_temperature(p), [best_sigmoid(z[:, k], y[:, k]) for k in range(3)])
+    close(fit_temperature(p), best_sigmoids(z, y))
 
 
 @pytest.mark.parametrize('loss, axis', [
@@ -168,7 +169,7 @@ def test_one_binary_logit(shape):
     z, flat = z.reshape(shape), y[:, 0]
     calibrated = TemperatureScaling(learner(z, flat, BCEWithLogitsLossFlat(thresh=.3))).fit()
     assert calibrated.temperature.shape == (1,)
-    close(calibrated.temperature, [best_sigmoid(z.flatten(), flat)])
+    close(calibrated.temperature, best_sigmoids(z.flatten(), flat))
     p, _, chosen = calibrated.get_preds(with_decoded=True)
     assert p.shape == shape
     np.testing.assert_allclose(p.flatten(), expit(z.flatten().double().numpy()/calibrated.temperature.item()), atol=1e-5)
@@ -182,18 +183,58 @@ def test_activation_of_ones_own():
     close(TemperatureScaling(learner(z, y, F.cross_entropy), act=lambda z: (2*z).softmax(-1)).fit().temperature, best_softmax(2*z, y))
 
 
-def test_the_ends_of_the_range_warn(recwarn):
-    z = 3*torch.randn(50, 4)
-    for y, end in ((z.argmax(1), .01), (z.argmin(1), 100)):
-        with pytest.warns(UserWarning, match='end of its range'): t = fit_temperature(Predictions.of(z, y, CrossEntropyLossFlat()))
-        np.testing.assert_allclose(t, end, rtol=1e-6)
-    z, y = several()
-    y[:, 1] = (z[:, 1] > 0).float()
-    with pytest.warns(UserWarning, match='of label 1 is at the end'): t = fit_temperature(Predictions.of(z, y, BCEWithLogitsLossFlat()))
-    close(t, [best_sigmoid(z[:, 0], y[:, 0]), .01, best_sigmoid(z[:, 2], y[:, 2])])
-    recwarn.clear()
+@pytest.mark.parametrize('n', [20, 200])
+def test_a_temperature_that_the_data_cannot_tell(n):
+    "All right or all wrong: the prior keeps it finite, and a warning says so"
+    z = 3*torch.randn(n, 4)
+    for y, low, high in ((z.argmax(1), .02, .9), (z.argmin(1), 1.5, 100)):
+        with pytest.warns(UserWarning, match='cannot tell|end of its range'): t = fit_temperature(Predictions.of(z, y, CrossEntropyLossFlat()))
+        assert low < t <= high
+        close(t, best_softmax(z, y))
+
+
+def test_a_temperature_that_the_data_tell(recwarn):
     fit_temperature(Predictions.of(*single(), CrossEntropyLossFlat()))
-    assert not [w for w in recwarn if 'range' in str(w.message)]
+    fit_temperature(Predictions.of(*several(), BCEWithLogitsLossFlat()))
+    cross_fit(Predictions.of(*single(), CrossEntropyLossFlat()))
+    assert not [w for w in recwarn if 'temperature' in str(w.message)]
+
+
+def test_the_ends_of_the_range_warn():
+    z, y = single(factor=1500.)
+    with pytest.warns(UserWarning, match='end of its range'): t = fit_temperature(Predictions.of(z, y, CrossEntropyLossFlat()))
+    np.testing.assert_allclose(t, 100, rtol=1e-6)
+
+
+@pytest.mark.parametrize('level', [0., -3.])
+def test_constant_logits_have_the_temperature_one(level):
+    y = torch.randint(0, 4, (50,))
+    with pytest.warns(UserWarning, match='cannot tell'): t = fit_temperature(Predictions.of(torch.full((50, 4), level), y, CrossEntropyLossFlat()))
+    assert t == pytest.approx(1)
+    with pytest.warns(UserWarning): t = fit_temperature(Predictions.of(torch.zeros(50, 3), F.one_hot(y, 4)[:, :3].float(), BCEWithLogitsLossFlat()))
+    np.testing.assert_allclose(t, 1, atol=1e-3)
+
+
+def test_a_label_without_a_positive_takes_the_shared_temperature():
+    z, y = several(300, 4, (3., 3., 3., 3.))
+    y[:, 2] = 0.
+    with pytest.warns(UserWarning, match='Label 2 has no positive'): t = fit_temperature(Predictions.of(z, y, BCEWithLogitsLossFlat()))
+    close(t, best_sigmoids(z, y))
+    assert t[2] > 1
+    with pytest.warns(UserWarning, match='Cross-fitting.*Label 2'): after, _ = cross_fit(Predictions.of(z, y, BCEWithLogitsLossFlat()))
+    assert (after.p[:, 2] < 1).all()
+    y[0, 2] = 1. # one positive: still close to the others
+    few = fit_temperature(Predictions.of(z, y, BCEWithLogitsLossFlat()))
+    assert abs(few[2].log()-few.mean().log()) < .8
+
+
+def test_separable_halves_do_not_explode():
+    "Fitted on data without a mistake, the temperature does no harm on data with some"
+    z, y = single(2000, 10, factor=4.)
+    right = z.argmax(1) == y
+    with pytest.warns(UserWarning, match='cannot tell'): t = fit_temperature(Predictions.of(z[right][:60], y[right][:60], CrossEntropyLossFlat()))
+    nll = lambda t: F.cross_entropy(z.double()/t, y).item()
+    assert nll(t) < nll(.01)/5
 
 
 def test_huge_and_impossible_logits():
@@ -204,7 +245,7 @@ def test_huge_and_impossible_logits():
     z[torch.arange(300), (y+1) % 4] = -torch.inf # ruled out
     q = np.eye(4)[y.numpy()]
     close(fit_temperature(Predictions.of(z, y, CrossEntropyLossFlat())),
-          optimum(lambda t: -np.where(q > 0, log_softmax(z.double().numpy()/t, 1), 0.).sum()))
+          optimum(lambda t: -np.where(q > 0, log_softmax(z.double().numpy()/t, 1), 0.).sum() + np.log(t)**2/2))
 
 
 # -- cross-fitting
@@ -231,7 +272,7 @@ def test_cross_fit_of_several_labels():
     t = (z.double()/after.z).numpy()
     place = np.array([next(f for f in range(4) if np.allclose(row, temperatures[f])) for row in t])
     assert np.bincount(place).tolist() == [100]*4
-    for f in range(4): close(temperatures[f], [best_sigmoid(z[place != f, k], y[place != f, k]) for k in range(3)])
+    for f in range(4): close(temperatures[f], best_sigmoids(z[place != f], y[place != f]))
 
 
 def test_cross_fit_keeps_the_pixels_of_a_mask_together():
@@ -246,8 +287,30 @@ def test_cross_fit_keeps_the_pixels_of_a_mask_together():
     for temperature in temperatures:
         kept = np.abs(t-temperature) > 1e-6
         close(temperature, best_softmax(before.z[kept], before.q[kept]))
-    for folds in (1, 30):
-        with pytest.raises(ValueError, match='folds'): cross_fit(before, folds)
+    with pytest.raises(ValueError, match='folds'): cross_fit(before, 1)
+    with pytest.raises(ValueError, match='folds'): cross_fit(before[before.example == 1])
+    with pytest.warns(UserWarning, match='29 folds instead of 30'): assert len(cross_fit(before, 30)[1]) == 29
+
+
+def test_folds_have_their_share_of_each_class():
+    z, _ = single(103)
+    y = torch.tensor([0]*80+[1]*20+[2]*3)[torch.randperm(103)]
+    p = Predictions.of(z, y, CrossEntropyLossFlat())
+    counts = np.array([[int((y[f] == k).sum()) for k in range(3)] for f in folds_of(p, 5)])
+    assert counts[:, :2].tolist() == [[16, 4]]*5 and counts[:, 2].max() == 1
+    q = torch.zeros(50, 3)
+    q[:, 0], q[:10, 1], q[:5, 2] = 1., 1., 1.
+    counts = [q[f].sum(0).tolist() for f in folds_of(Predictions.of(torch.randn(50, 3), q, BCEWithLogitsLossFlat()), 5)]
+    assert counts == [[10, 2, 1]]*5
+
+
+def test_refinement_and_calibration():
+    z, y = single(400)
+    split = nll_split(Predictions.of(z, y, CrossEntropyLossFlat()))
+    after = cross_fit(Predictions.of(z, y, CrossEntropyLossFlat()))[0]
+    np.testing.assert_allclose(split['nll'], F.cross_entropy(z.double(), y).item())
+    np.testing.assert_allclose(split['refinement'], F.cross_entropy(after.z, y).item())
+    assert split['nll'] == pytest.approx(split['refinement']+split['calibration']) and split['calibration'] > .1
 
 
 # -- the calibrated learner
@@ -370,7 +433,7 @@ def test_the_same_labels_are_chosen(loss):
     chosen, again = (l.get_preds(with_decoded=True)[2] for l in (learn, calibrated))
     assert torch.equal(chosen, z.sigmoid() > thresh) and 0 < chosen.sum() < chosen.numel()
     assert torch.equal(again, chosen)
-    close(calibrated.temperature, [best_sigmoid(z[:, k], y[:, k]) for k in range(3)])
+    close(calibrated.temperature, best_sigmoids(z, y))
     p = calibrated.get_preds()[0]
     np.testing.assert_allclose(p, expit(z.double().numpy()/np.asarray(calibrated.temperature)), atol=1e-5)
     moved = expit(logit(np.asarray(thresh))/np.asarray(calibrated.temperature))

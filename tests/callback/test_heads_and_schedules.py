@@ -60,6 +60,8 @@ def expected(x, preds, eps_a, eps_b, eps_c, matrix_b=None):
 
 
 class LookAtHeads(Look):
+    name = 'look_at_heads'
+
     def after_loss(self):
         preds = [p.detach().clone() for p in self.learn.pred]
         self.seen.append((self.learn.xb[0].detach().clone(), preds, float(self.learn.loss_grad.detach()), self.learn.yb))
@@ -326,22 +328,6 @@ def test_each_class_divides_as_the_loss_does(loss):
     for _, pred, seen, yb in learn.look.seen: np.testing.assert_allclose(seen, loss(pred, yb[0]).item(), rtol=1e-5)
     hopeless = torch.tensor([[-torch.inf, 0., 1., 2.]])
     assert EachClass(nn.CrossEntropyLoss())(hopeless, torch.tensor([[0., 1., 0., 0.]])).isfinite()
-
-
-@pytest.mark.parametrize('make, change', [
-    (lambda: MultiTargetLoss(nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), BCEWithLogitsLossFlat()), lambda loss: setattr(loss, 'weights', [1., 0., 2.])),
-    (lambda: MultiTargetLoss(nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), BCEWithLogitsLossFlat()),
-     lambda loss: setattr(loss.losses[0], 'weight', torch.tensor([1., 0., 3.])))])
-def test_changes_inside_a_loss_are_followed(make, change):
-    class Change(Callback):
-        run_valid = False
-        def before_batch(self):
-            if self.iter == 1: change(self.learn.loss_func)
-    learn = fit(heads_learner(make(), [LabelSmoothing(0.), Change(), LookAtHeads()]), 1)
-    changed = make()
-    change(changed)
-    for i, (_, preds, seen, yb) in enumerate(learn.look_at_heads.seen):
-        np.testing.assert_allclose(seen, (changed if i else make())(preds, *yb).item(), rtol=1e-5)
 
 
 class WithGuard(nn.Module):

@@ -44,7 +44,7 @@ from fastai.vision.data import ImageBlock, MaskBlock
 from fastai.vision.learner import unet_learner, vision_learner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learners import K, check_seen, expected_loss
+from learners import K, check_seen, expected_loss, quiet
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -57,7 +57,7 @@ from fastai_smooth.targets import MixedTarget
 EPS = .2
 MIXERS = {'none': lambda: [], 'mixup': lambda: [MixUp()], 'cutmix': lambda: [CutMix()], 'both': lambda: [MixUp(), CutMix()],
           'oneof': lambda: [OneOf(MixUp(), CutMix())]}
-with_mixers = pytest.mark.parametrize('mixers', MIXERS)
+with_two = pytest.mark.parametrize('mixers', ['none', 'both'])
 
 
 # -- what watches, and what is compared with
@@ -150,7 +150,7 @@ def make(path, cbs=(), loss=None, model=None, opt_func=None, n=24, **kwargs):
 
 def quietly(live, learn):
     set_seed(7)
-    with learn.no_bar(), learn.no_logging(): return live(learn)
+    with quiet(learn): return live(learn)
 
 
 def check_life(learn, loss, eps=EPS, kind='index', n=None):
@@ -373,9 +373,10 @@ LIVES = {
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning')
-@with_mixers
-@pytest.mark.parametrize('life', LIVES)
-def test_same_life_as_with_torchs_smoothing(life, mixers, tmp_path, capsys): twins(tmp_path, mixers, LIVES[life])
+@pytest.mark.parametrize('life, mixers', [*zip(LIVES, list(MIXERS)*9), *(('fit', m) for m in list(MIXERS)[1:]), ('fine_tune', 'both'), ('get_preds', 'both')])
+def test_same_life_as_with_torchs_smoothing(life, mixers, tmp_path, capsys):
+    "Each life with one of the mixers, and some with all"
+    twins(tmp_path, mixers, LIVES[life])
 
 
 # -- mixed precision, as fastai's callback does it
@@ -396,9 +397,8 @@ class Autocast(Callback):
     def after_loss(self): self.context.__exit__(None, None, None)
 
 
-@with_mixers
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize('float_pred', [False, True])
+@pytest.mark.parametrize('dtype, float_pred, mixers', [(torch.bfloat16, False, 'none'), (torch.bfloat16, True, 'both'), (torch.float16, False, 'both'),
+                                                      (torch.float16, True, 'oneof')])
 def test_mixed_precision(float_pred, dtype, mixers, tmp_path):
     "The predictions come in half precision, the loss is computed in float32"
     def live(learn):
@@ -440,8 +440,8 @@ def test_gradient_accumulation_equals_the_big_batch(m, tmp_path):
     close(np.reshape(small.steps.batches, (-1, m)).mean(1), np.array(big.steps.batches), 1e-5)
 
 
-@with_mixers
-def test_gradient_accumulation_with_mixers(mixers, tmp_path):
+@with_two
+def test_gradient_accumulation_and_mixers(mixers, tmp_path):
     "Mixers mix within a small batch, so the twin accumulates as well"
     def live(learn):
         learn.fit(2, cbs=[GradientAccumulation(16), GradientClip(.5)])
@@ -460,8 +460,7 @@ class SeedEpochs(Callback):
         self.learn.dls.train.rng.seed(self.learn.epoch)
 
 
-@with_mixers
-@pytest.mark.parametrize('eps', [EPS, SchedLin(.4, 0.)], ids=['constant', 'schedule'])
+@pytest.mark.parametrize('eps, mixers', [(EPS, 'none'), (SchedLin(.4, 0.), 'both'), (SchedLin(.4, 0.), 'oneof')], ids=['constant', 'schedule', 'oneof'])
 def test_resumed_training_is_the_unbroken_one(eps, mixers, tmp_path):
     "In a new Learner, bit for bit, with a schedule at the place where it was"
     def learner(): return make(tmp_path, [LabelSmoothing(eps), Look(), Watch(), SeedEpochs(), *MIXERS[mixers]()])
@@ -497,7 +496,7 @@ def test_scheduled_strengths_of_a_resumed_fit(tmp_path):
 
 # -- what others see in a training batch
 
-@with_mixers
+@with_two
 def test_training_metrics_are_those_of_the_labels(mixers, tmp_path):
     def share(pred, y): return (pred.argmax(1) == y).float().mean()
     learn = make(tmp_path, [LabelSmoothing(EPS), Look(), Watch(), *MIXERS[mixers]()])
@@ -526,8 +525,7 @@ class Spy(Callback):
         if event == self.cancel and self.learn.training: raise CancelBatchException
 
 
-@with_mixers
-@pytest.mark.parametrize('order', [-300, 0, 300])
+@pytest.mark.parametrize('order, mixers', [(-300, 'both'), (0, 'none'), (300, 'oneof')])
 @pytest.mark.parametrize('cancel', [None, 'before_batch', 'after_pred', 'after_loss', 'before_backward'])
 def test_no_mixture_leaves_the_batch(cancel, order, mixers, tmp_path):
     learn = make(tmp_path, [Spy(order, cancel), LabelSmoothing(EPS), Look(200), *MIXERS[mixers]()])
@@ -549,8 +547,9 @@ OTHERS = [lambda: GradientClip(.1), neutral, CSVLogger, lambda: SaveModelCallbac
           lambda: EarlyStoppingCallback(min_delta=.5, patience=1), lambda: ParamScheduler({'lr': SchedCos(.1, .01)}), TerminateOnNaNCallback]
 
 
+@pytest.mark.slow
 @given(st.data())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_random_lives(tmp_path_factory, data):
     "Any of them, in any order, given to the Learner or to the fit"
     path, eps = tmp_path_factory.mktemp('life'), data.draw(st.sampled_from([0., .1, .5, 1.]))
@@ -630,7 +629,8 @@ def plain_copy(learn, build, path):
     return plain
 
 
-@pytest.mark.parametrize('arch, mixers', [*(('resnet10t', m) for m in MIXERS), ('tf_efficientnet_lite0', 'both')])
+@pytest.mark.slow
+@pytest.mark.parametrize('arch, mixers', [('resnet10t', 'none'), ('resnet10t', 'both'), ('tf_efficientnet_lite0', 'oneof')])
 def test_vision_learner_of_timm(arch, mixers, pictures, tmp_path):
     def live(learn):
         learn.fine_tune(1, base_lr=.01)
@@ -639,12 +639,12 @@ def test_vision_learner_of_timm(arch, mixers, pictures, tmp_path):
     assert len(learn.look.seen) == 4
 
 
-@pytest.fixture(scope='module', params=['none', 'both'])
-def trained(request, pictures, tmp_path_factory):
+@pytest.fixture(scope='module')
+def trained(pictures, tmp_path_factory):
     "A vision learner that was trained with smoothing and mixers, and a plain one with its weights"
     build, path = picture_learner(pictures), tmp_path_factory.mktemp('trained')
     loss = CrossEntropyLossFlat()
-    learn = build(path, [LabelSmoothing(.5), *MIXERS[request.param](), look_at_pictures(), Watch()], loss)
+    learn = build(path, [LabelSmoothing(.5), *MIXERS['both'](), look_at_pictures(), Watch()], loss)
     quietly(lambda learn: learn.fit(2, .01), learn)
     check_life(learn, loss, .5)
     return learn, plain_copy(learn, build, path)
@@ -673,6 +673,7 @@ def log_softmax_losses(learn):
     return torch.stack(res)
 
 
+@pytest.mark.slow
 def test_validate_and_predictions(trained):
     losses = log_softmax_losses(trained[0])
     p, y, decoded, by_item = same(trained, lambda learn: learn.get_preds(with_decoded=True, with_loss=True))
@@ -684,8 +685,8 @@ def test_validate_and_predictions(trained):
     assert abs(smoothed-losses.mean()) > 1e-3
 
 
-@pytest.mark.parametrize('i', range(3))
-def test_predict(i, trained):
+@pytest.mark.slow
+def test_predict(trained, i=1):
     item = trained[0].dls.valid.items[i]
     label, k, p = same_predict(trained, item)
     assert label == 'abc'[int(k)] and int(k) == int(p.argmax()) and abs(float(p.sum())-1) < 1e-5
@@ -702,6 +703,7 @@ def same_predict(trained, item):
 def titles(): return [ax.get_title() for ax in plt.gcf().axes if ax.get_title()]
 
 
+@pytest.mark.slow
 def test_interpretation(trained):
     learn, plain = trained
     losses = log_softmax_losses(learn)
@@ -728,6 +730,7 @@ def test_interpretation(trained):
     for text, loss in zip(shown, losses.sort(descending=True)[0]): assert abs(float(text.split('/')[2]) - loss) < .006
 
 
+@pytest.mark.slow
 def test_show_results(trained):
     def show(learn):
         plt.close('all')
@@ -741,6 +744,7 @@ def test_show_results(trained):
     for text, k, label in zip(a, p.argmax(1), y): assert text.split() == ['abc'[label], 'abc'[k]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, {'use_max': True}, {'beta': None}], ids=repr)
 def test_tta(options, trained):
     res = same(trained, lambda learn: learn.tta(n=3, **options))
@@ -750,6 +754,7 @@ def test_tta(options, trained):
         assert not torch.equal(augmented, plain)
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_all_that(trained):
     "In the same learner, also after an lr_find"
     learn, _ = trained
@@ -763,7 +768,8 @@ def test_training_goes_on_after_all_that(trained):
 
 # -- export
 
-@with_mixers
+@pytest.mark.slow
+@with_two
 def test_export_and_predict(mixers, pictures, tmp_path):
     "The loaded learner predicts the same, and trains with smoothing"
     learn = picture_learner(pictures)(tmp_path, [LabelSmoothing(EPS), *MIXERS[mixers](), look_at_pictures(), Watch()], CrossEntropyLossFlat())
@@ -781,6 +787,7 @@ def test_export_and_predict(mixers, pictures, tmp_path):
     check_life(quietly(lambda learn: learn.fit(1, .01) or learn, learn), learn.loss_func, n=4)
 
 
+@pytest.mark.slow
 def test_exported_learner_without_the_callback_needs_no_fastai_smooth(pictures, tmp_path):
     "Whoever takes the callback away before the export can load the file where the package is missing"
     learn = picture_learner(pictures)(tmp_path, [LabelSmoothing(EPS), MixUp(), CutMix()], CrossEntropyLossFlat())
@@ -811,6 +818,7 @@ def unet(pictures):
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mixers', ['none', 'mixup'])
 def test_unet_learner(mixers, pictures, tmp_path):
     "fastai's CutMix blends whole masks, which is another truth than that of the picture, so it has no place here"
@@ -859,6 +867,7 @@ def table(path, cbs, loss):
     return tabular_learner(dls, layers=[8], loss_func=loss, cbs=cbs, opt_func=SGD, metrics=accuracy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mixers', [list, lambda: [MixNumbers()]], ids=['none', 'numbers'])
 def test_tabular_learner(mixers, tmp_path):
     def live(learn):
@@ -901,6 +910,7 @@ def texts(path, lm):
 SMALL = dict(emb_sz=8, n_hid=8, n_layers=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mixed', [False, True])
 def test_text_classifier(mixed, tmp_path):
     "With ModelResetter, RNNCallback and RNNRegularizer, whose penalty comes on top of the smoothed loss"
@@ -919,6 +929,7 @@ def test_text_classifier(mixed, tmp_path):
     assert label == 'xyz'[int(k)] and int(k) == int(p.argmax())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mixed', [False, True])
 def test_language_model(mixed, tmp_path):
     n = len(texts(tmp_path, True).vocab)

@@ -1,5 +1,6 @@
-"losses and kernels: parity with torch, timm and fastai, the forms of a target, fastai's contract"
+"Losses over exclusive classes: parity with torch, timm and fastai, the forms of a target, fastai's contract"
 import copy
+import itertools
 import math
 import pickle
 
@@ -16,17 +17,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastai_smooth.distributions import ClassPrior, Similarity, Uniform
-from fastai_smooth.kernels import (
-    smooth_binary_cross_entropy,
-    smooth_binary_cross_entropy_reference,
-    smooth_cross_entropy,
-    smooth_cross_entropy_reference,
+from fastai_smooth.kernels import smooth_cross_entropy, smooth_cross_entropy_reference
+from fastai_smooth.losses import (
+    LabelRelaxation,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat,
+    LabelSmoothingDice,
+    LabelSmoothingFocal,
+    LabelSmoothingNLL,
+    MultiLabelSmoothingCrossEntropy,
 )
-from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingNLL
 from fastai_smooth.targets import MixedTarget, smooth_labels, to_dense
 
 K = 5
 W = torch.tensor([1., 2., 3., .5, 4.])
+
 REDUCTIONS = ['mean', 'sum', 'none']
 
 
@@ -41,25 +46,21 @@ def batch(layout='NK', dtype=torch.float32, ignored=True):
     if ignored: y.view(-1)[::5] = -100
     return z, y, axis
 
-
 LAYOUTS = ['NK', 'NK1', 'NKd', 'NKHW', 'NTK']
 
 
 # -- parity with torch
 
-@pytest.mark.parametrize('reduction', REDUCTIONS)
-@pytest.mark.parametrize('weight', [None, W])
-@pytest.mark.parametrize('ignore', [-100, 2])
-@pytest.mark.parametrize('eps', [0., .1, 1.])
+
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_torch_cross_entropy(layout, eps, ignore, weight, reduction):
-    z, y, axis = batch(layout)
-    y[y == -100] = ignore
-    theirs = F.cross_entropy(z.movedim(axis, 1), y, weight, label_smoothing=eps, ignore_index=ignore, reduction=reduction)
-    ours = LabelSmoothingCrossEntropy(eps, weight, reduction, axis=axis, ignore_index=ignore)
-    close(ours(z, y), theirs)
-    for f in (smooth_cross_entropy, smooth_cross_entropy_reference):
-        close(f(z, y, eps, axis=axis, weight=weight, ignore_index=ignore, reduction=reduction), theirs)
+def test_torch_cross_entropy(layout):
+    for reduction, weight, ignore, eps in itertools.product(REDUCTIONS, (None, W), (-100, 2), (0., .1, 1.)):
+        z, y, axis = batch(layout)
+        y[y == -100] = ignore
+        theirs = F.cross_entropy(z.movedim(axis, 1), y, weight, label_smoothing=eps, ignore_index=ignore, reduction=reduction)
+        close(LabelSmoothingCrossEntropy(eps, weight, reduction, axis=axis, ignore_index=ignore)(z, y), theirs)
+        for f in (smooth_cross_entropy, smooth_cross_entropy_reference):
+            close(f(z, y, eps, axis=axis, weight=weight, ignore_index=ignore, reduction=reduction), theirs)
 
 
 @pytest.mark.parametrize('eps', [0., .1])
@@ -97,7 +98,8 @@ def test_torch_nll_loss():
     for r in REDUCTIONS: close(LabelSmoothingNLL(0., W, r)(z.log_softmax(1), y), F.nll_loss(z.log_softmax(1), y, W, reduction=r))
 
 
-# -- parity with timm
+# -- parity with timm and fastai, and where they are wrong
+
 
 def test_timm_losses():
     z, y, _ = batch(ignored=False)
@@ -105,22 +107,6 @@ def test_timm_losses():
     close(LabelSmoothingCrossEntropy(.2)(z, y), timm.loss.LabelSmoothingCrossEntropy(.2)(z, y))
     close(LabelSmoothingCrossEntropy(0.)(z, q), timm.loss.SoftTargetCrossEntropy()(z, q))
 
-
-@pytest.mark.parametrize('sum_classes', [False, True])
-@pytest.mark.parametrize('threshold', [None, .2])
-@pytest.mark.parametrize('pos_weight', [None, W])
-@pytest.mark.parametrize('weight', [None, W])
-@pytest.mark.parametrize('eps', [0., .1, .4])
-def test_timm_binary_cross_entropy(eps, weight, pos_weight, threshold, sum_classes):
-    z, y, _ = batch(ignored=False)
-    kwargs = dict(weight=weight, pos_weight=pos_weight, target_threshold=threshold, sum_classes=sum_classes)
-    ours = LabelSmoothingBCE(eps, **kwargs)
-    close(ours(z, y), timm.loss.BinaryCrossEntropy(eps, **kwargs)(z, y))
-    for q in (torch.rand(8, K), (torch.rand(8, K) > .5).float()):
-        close(ours(z, q), timm.loss.BinaryCrossEntropy(eps, smooth_dense=True, **kwargs)(z, q))
-
-
-# -- fastai: where it is right, and each place where it is not
 
 def test_fastai_where_it_is_right():
     z, y, _ = batch(ignored=False)
@@ -164,6 +150,7 @@ def test_fastai_takes_any_eps():
 
 # -- against loops
 
+
 @given(st.data())
 def test_cross_entropy_against_loop(data):
     n, k = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 5))
@@ -184,48 +171,30 @@ def test_cross_entropy_against_loop(data):
     close(loss(z, q), torch.tensor(expected, dtype=torch.float64))
 
 
-@given(st.data())
-def test_binary_cross_entropy_against_loop(data):
-    n, k = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
-    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    z, y = torch.randn(n, k, generator=g, dtype=torch.float64)*3, torch.rand(n, k, generator=g, dtype=torch.float64)
-    y[torch.rand(n, k, generator=g) < .2] = math.nan
-    eps, eps_neg = data.draw(st.floats(0, 1)), data.draw(st.none() | st.floats(0, 1))
-    convention = data.draw(st.sampled_from(['half', 'uniform', 'complement']))
-    w, pw = (data.draw(st.none() | st.just(torch.rand(k, generator=g)+.1)) for _ in range(2))
-    smoothed = [[oracles.binary_entry(v, eps, convention, k, None, eps_neg) for v in row] for row in y.tolist()]
-    expected = oracles.binary_cross_entropy(z.tolist(), smoothed, *(None if v is None else v.tolist() for v in (w, pw)))
-    close(LabelSmoothingBCE(eps, w, pos_weight=pw, convention=convention, eps_neg=eps_neg)(z, y), torch.tensor(expected, dtype=torch.float64))
-    if eps_neg is None:
-        for f in (smooth_binary_cross_entropy, smooth_binary_cross_entropy_reference):
-            close(f(z, y, eps, convention=convention, weight=w, pos_weight=pw), torch.tensor(expected, dtype=torch.float64))
-
-
 # -- the forms of a target
 
-@pytest.mark.parametrize('weight_by', ['class', 'example'])
-@pytest.mark.parametrize('reduction', REDUCTIONS)
+
 @pytest.mark.parametrize('dist', [None, Uniform(), ClassPrior([1, 2, 3, 4, 5])])
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_law_2_index_one_hot_and_mixture_agree(layout, dist, reduction, weight_by):
+def test_law_2_index_one_hot_and_mixture_agree(layout, dist):
     "The same result and the same gradient"
-    z, y, axis = batch(layout, torch.float64)
-    loss = LabelSmoothingCrossEntropy(.2, W, reduction, axis=axis, dist=dist, weight_by=weight_by)
-    mixture = MixedTarget(torch.stack([y, y.flip(0)], 1), torch.tensor([1., 0.]).expand(len(y), 2), K, axis)
-    results = []
-    for target in (y, y.int(), to_dense(y, K, axis).double(), mixture):
-        x = z.clone().requires_grad_()
-        out = loss(x, target)
-        out.sum().backward()
-        results.append((out.detach(), x.grad))
-    for out, grad in results[1:]: close(out, results[0][0]), close(grad, results[0][1])
+    for reduction, weight_by in itertools.product(REDUCTIONS, ('class', 'example')):
+        z, y, axis = batch(layout, torch.float64)
+        loss = LabelSmoothingCrossEntropy(.2, W, reduction, axis=axis, dist=dist, weight_by=weight_by)
+        mixture = MixedTarget(torch.stack([y, y.flip(0)], 1), torch.tensor([1., 0.]).expand(len(y), 2), K, axis)
+        results = []
+        for target in (y, y.int(), to_dense(y, K, axis).double(), mixture):
+            x = z.clone().requires_grad_()
+            out = loss(x, target)
+            out.sum().backward()
+            results.append((out.detach(), x.grad))
+        for out, grad in results[1:]: close(out, results[0][0]), close(grad, results[0][1])
 
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_any_integer_dtype(dtype):
     z, y, _ = batch(ignored=False)
     close(LabelSmoothingCrossEntropy()(z, y.to(dtype)), LabelSmoothingCrossEntropy()(z, y))
-    close(LabelSmoothingBCE()(z, y.to(dtype)), LabelSmoothingBCE()(z, y))
 
 
 @pytest.mark.parametrize('dist', [None, Uniform()])
@@ -236,14 +205,12 @@ def test_a_column_of_labels_is_as_good(dist):
     z, y, _ = batch('NKHW')
     loss = LabelSmoothingCrossEntropy(axis=1, dist=dist)
     close(loss(z, y[:, None]), loss(z, y))
-    z, y, _ = batch(ignored=False)
-    close(LabelSmoothingBCE()(z, y[:, None]), LabelSmoothingBCE()(z, y))
 
 
-@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropy(.1, W), LabelSmoothingCrossEntropy(.1, dist=Uniform()), LabelSmoothingBCE(.1)])
+@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropy(.1, W), LabelSmoothingCrossEntropy(.1, dist=Uniform())])
 def test_nothing_to_learn_from(loss):
     z = torch.randn(4, K, requires_grad=True)
-    for target in (torch.full((4,), -100), torch.zeros(4, K) if isinstance(loss, LabelSmoothingCrossEntropy) else torch.full((4, K), math.nan)):
+    for target in (torch.full((4,), -100), torch.zeros(4, K)):
         out = loss(z, target)
         out.backward()
         assert out == 0 and (z.grad == 0).all()
@@ -276,8 +243,9 @@ def test_example_weights_leave_the_optimum_at_the_target():
 
 # -- numbers at the edge
 
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropy(.1), LabelSmoothingCrossEntropy(.1, dist=Uniform()), LabelSmoothingBCE(.1)])
+@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropy(.1), LabelSmoothingCrossEntropy(.1, dist=Uniform())])
 def test_half_precision_is_computed_in_single(loss, dtype):
     z, y, _ = batch(ignored=False)
     h = (z*100).to(dtype).requires_grad_()
@@ -307,13 +275,29 @@ def test_gradient_of_a_dense_target():
     assert torch.autograd.gradcheck(lambda q: LabelSmoothingCrossEntropy(.1, reduction='sum')(z, q), q)
 
 
+def test_nan_logits_of_ignored_rows_do_not_matter():
+    z, y, _ = batch(ignored=False)
+    y[0] = -100
+    expected = LabelSmoothingCrossEntropy(.1)(z, y)
+    z[0] = math.nan
+    close(LabelSmoothingCrossEntropy(.1)(z, y), expected)
+    close(F.cross_entropy(z, y, label_smoothing=.1), expected)
+
+
+@pytest.mark.parametrize('dist', [None, Uniform()])
+def test_impossible_class_without_weight(dist):
+    z, w = torch.tensor([[1., 2., -math.inf]]), torch.tensor([1., 1., 0.])
+    log_p = z.log_softmax(1)[0, :2].tolist()
+    expected = -(.9*log_p[0] + .1/3*(log_p[0]+log_p[1]))
+    close(LabelSmoothingCrossEntropy(.1, w, dist=dist)(z, torch.tensor([0])), expected)
+
+
 # -- fastai's contract
 
 LOSSES = [LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropy(.2, W, 'sum', axis=1, ignore_index=3, weight_by='example'),
           LabelSmoothingCrossEntropy([.1, .2, .3, .4, .5]), LabelSmoothingCrossEntropy(.3, convention='others'),
           LabelSmoothingCrossEntropy(-.2, negative=True), LabelSmoothingCrossEntropy(.1, dist=ClassPrior([1, 2, 3, 4, 5])),
-          LabelSmoothingCrossEntropy(.1, dist=Similarity(torch.eye(5))), LabelSmoothingNLL(.1), LabelSmoothingBCE(),
-          LabelSmoothingBCE(.2, W, 'none', pos_weight=2*W, convention='complement', eps_pos=.1, thresh=.3, target_threshold=.2, sum_classes=True)]
+          LabelSmoothingCrossEntropy(.1, dist=Similarity(torch.eye(5))), LabelSmoothingNLL(.1)]
 
 
 @pytest.mark.parametrize('loss', LOSSES, ids=repr)
@@ -330,12 +314,12 @@ def test_contract(loss):
     before = loss.reduction
     for r in REDUCTIONS:
         loss.reduction = r
-        assert loss(z, y).ndim == {'none': 1 if isinstance(loss, LabelSmoothingCrossEntropy) or loss.sum_classes else 2}.get(r, 0)
+        assert loss(z, y).ndim == (r == 'none')
     loss.reduction = before
     with pytest.raises(ValueError, match="'mean', 'sum', 'none'"): loss.reduction = 'batchmean'
     with pytest.raises(ValueError): loss.eps = 2.
     assert loss.to('cpu') is loss and loss.activation(z).shape == z.shape
-    assert isinstance(loss, nn.Module) and getattr(loss, 'y_int', False) is isinstance(loss, LabelSmoothingCrossEntropy)
+    assert isinstance(loss, nn.Module) and loss.y_int
 
 
 def test_both_names_are_one_class():
@@ -361,8 +345,8 @@ def test_weights_follow_the_module():
     (lambda z, y: LabelSmoothingCrossEntropy()(z, torch.rand(8, K+1)), ValueError, r'want indices \(8,\) or a dense target \(8, 5\)'),
     (lambda z, y: LabelSmoothingCrossEntropy()(z, y+K), ValueError, r'outside \[0, 5\)'),
     (lambda z, y: LabelSmoothingCrossEntropy(dist=Uniform())(z, y+K), ValueError, r'outside \[0, 5\)'),
-    (lambda z, y: LabelSmoothingCrossEntropy(weight=W[:3])(z, y), ValueError, 'each of the 5 classes'),
-    (lambda z, y: LabelSmoothingCrossEntropy([.1, .2])(z, y), ValueError, 'each of the 5 classes'),
+    (lambda z, y: LabelSmoothingCrossEntropy(weight=W[:3])(z, y), ValueError, 'but there are 5 classes'),
+    (lambda z, y: LabelSmoothingCrossEntropy([.1, .2])(z, y), ValueError, 'but there are 5 classes'),
     (lambda z, y: LabelSmoothingCrossEntropy(weight=torch.ones(2, 2)), ValueError, '1-D'),
     (lambda z, y: LabelSmoothingCrossEntropy(weight_by='row'), ValueError, "'class', 'example'"),
     (lambda z, y: LabelSmoothingCrossEntropy(convention='half'), ValueError, "'uniform', 'others', 'classy'"),
@@ -372,28 +356,18 @@ def test_weights_follow_the_module():
     (lambda z, y: LabelSmoothingCrossEntropy()(z, y > 2), TypeError, 'ambiguous'),
     (lambda z, y: LabelSmoothingCrossEntropy()(z.long(), y), TypeError, 'floating'),
     (lambda z, y: LabelSmoothingCrossEntropy()(z, MixedTarget(y[:, None], torch.ones(8, 1), 7)), ValueError, r'\(8, 7\)'),
-    (lambda z, y: LabelSmoothingBCE()(z, torch.rand(8, K+1)), ValueError, 'same shape'),
-    (lambda z, y: LabelSmoothingBCE()(z, y+K), ValueError, r'outside \[0, 5\)'),
-    (lambda z, y: LabelSmoothingBCE(weight=W[:3])(z, torch.rand(8, K)), ValueError, 'broadcast'),
-    (lambda z, y: LabelSmoothingBCE(convention='others'), ValueError, "'half', 'uniform', 'complement'"),
     (lambda z, y: smooth_cross_entropy(z, y, 1.2), ValueError, r'\[0, 1\]'),
     (lambda z, y: smooth_cross_entropy(z, y, reduction='average'), ValueError, 'reduction'),
-    (lambda z, y: smooth_binary_cross_entropy(z, torch.rand(8, K), convention='others'), ValueError, 'convention'),
 ])
 def test_errors(make, error, words):
     z, y, _ = batch(ignored=False)
     with pytest.raises(error, match=words): make(z, y)
 
 
-def test_binary_single_output_takes_flat_labels():
-    "Logits (N, 1) with labels (N,) are fastai's habit for two classes: the labels are not indices of one class"
-    z, y = torch.randn(6, 1), torch.tensor([0, 1, 1, 0, 1, 0])
-    close(LabelSmoothingBCE(0.)(z, y), F.binary_cross_entropy_with_logits(z[:, 0], y.float()))
-
-
-def test_binary_ignored_index_is_unknown():
-    z = torch.randn(3, K)
-    close(LabelSmoothingBCE(.1)(z, torch.tensor([1, -100, 2])), LabelSmoothingBCE(.1)(z[[0, 2]], torch.tensor([1, 2])))
+@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropy, LabelSmoothingNLL, LabelSmoothingFocal, LabelSmoothingDice])
+def test_what_is_no_distribution(loss):
+    for dist in ('uniform', torch.eye(3), Uniform):
+        with pytest.raises(TypeError, match='such as Uniform()'): loss(.1, dist=dist)
 
 
 def test_dist_equals_smoothed_dense_targets():
@@ -406,29 +380,6 @@ def test_all_rows_masked_logits_numpy_weights():
     loss = LabelSmoothingCrossEntropy(.1, np.array([1., 2., 3., .5, 4.], dtype=np.float32))
     z, y, _ = batch()
     close(loss(z, y), F.cross_entropy(z, y, W, label_smoothing=.1))
-
-
-def test_ignored_component_of_a_mixture_is_unknown_to_a_binary_loss():
-    z, y = torch.randn(3, K), torch.tensor([1, -100, 2])
-    mixed = MixedTarget(y[:, None], torch.ones(3, 1), K)
-    close(LabelSmoothingBCE(.2, convention='half')(z, mixed), LabelSmoothingBCE(.2, convention='half')(z, y))
-
-
-def test_nan_logits_of_ignored_rows_do_not_matter():
-    z, y, _ = batch(ignored=False)
-    y[0] = -100
-    expected = LabelSmoothingCrossEntropy(.1)(z, y)
-    z[0] = math.nan
-    close(LabelSmoothingCrossEntropy(.1)(z, y), expected)
-    close(F.cross_entropy(z, y, label_smoothing=.1), expected)
-
-
-@pytest.mark.parametrize('dist', [None, Uniform()])
-def test_impossible_class_without_weight(dist):
-    z, w = torch.tensor([[1., 2., -math.inf]]), torch.tensor([1., 1., 0.])
-    log_p = z.log_softmax(1)[0, :2].tolist()
-    expected = -(.9*log_p[0] + .1/3*(log_p[0]+log_p[1]))
-    close(LabelSmoothingCrossEntropy(.1, w, dist=dist)(z, torch.tensor([0])), expected)
 
 
 def test_a_second_target_is_not_swallowed():
@@ -447,10 +398,73 @@ def test_settings_are_checked_when_used():
 def test_functional_forms_take_lists_and_check_ranges():
     z, y, _ = batch()
     close(smooth_cross_entropy(z, y, [.1]*K), smooth_cross_entropy(z, y, .1))
-    with pytest.raises(ValueError, match='holds 7'): smooth_binary_cross_entropy(z, torch.full((8, K), 7))
 
 
 def test_flattened_labels():
     "fastai's losses take labels flattened"
     z, y, axis = batch('NTK')
     close(LabelSmoothingCrossEntropy()(z, y.flatten()), LabelSmoothingCrossEntropy()(z, y))
+
+
+# -- several labels under one softmax
+
+
+@given(st.integers(1, 5), st.integers(2, 6), st.floats(0, 1), st.integers(0, 2**31))
+def test_multi_label_against_loop(n, k, eps, seed):
+    g = torch.Generator().manual_seed(seed)
+    z, y = torch.randn(n, k, generator=g, dtype=torch.float64), torch.randint(0, 2, (n, k), generator=g)
+    losses, rows = [], 0
+    for zi, yi in zip(z.tolist(), y.tolist()):
+        log_p, positives = oracles.log_softmax_row(zi), [i for i, v in enumerate(yi) if v]
+        rows += bool(positives)
+        losses.append((1-eps)*sum(-log_p[i] for i in positives)/len(positives) + eps/k*sum(-v for v in log_p) if positives else 0.)
+    for target in (y, y.double(), y.bool()):
+        close(MultiLabelSmoothingCrossEntropy(eps, 'none')(z, target), torch.tensor(losses, dtype=torch.float64))
+        close(MultiLabelSmoothingCrossEntropy(eps)(z, target), sum(losses)/rows if rows else 0.)
+
+
+def test_multi_label_of_one_label_is_cross_entropy():
+    z, y = torch.randn(6, K), torch.randint(0, K, (6,))
+    for t in (y, to_dense(y, K)): close(MultiLabelSmoothingCrossEntropy(.1)(z, t), LabelSmoothingCrossEntropy(.1)(z, y))
+
+
+def test_multi_label_decodes_the_positives_at_the_optimum():
+    y = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0]])
+    q = smooth_labels(y/y.sum(1, keepdim=True), .3)
+    loss = MultiLabelSmoothingCrossEntropy(.3)
+    z = q.log().requires_grad_()
+    loss(z, y).backward()
+    close(z.grad, torch.zeros_like(z))
+    assert torch.equal(loss.decodes(loss.activation(z)).long(), y)
+
+
+# -- label relaxation
+
+
+@pytest.mark.parametrize('alpha', [0., .1, .5])
+def test_relaxation_against_loop(alpha):
+    z, y = 3*torch.randn(40, K, dtype=torch.float64), torch.randint(0, K, (40,))
+    per = LabelRelaxation(alpha, reduction='none')
+    expected = torch.tensor([oracles.relaxation_row(a, b, alpha) for a, b in zip(z.tolist(), y.tolist())], dtype=torch.float64)
+    assert (expected == 0).any() or not alpha
+    close(per(z, y), expected)
+    lam = torch.rand(40, dtype=torch.float64)
+    mixed = torch.lerp(to_dense(y.flip(0), K).double(), to_dense(y, K).double(), lam[:, None])
+    close(per(z, mixed), torch.lerp(per(z, y.flip(0)), per(z, y), lam))
+    w = torch.tensor([1., 2., .5, 3., .2])
+    close(LabelRelaxation(alpha, w)(z, y), (w[y]*expected).sum()/w[y].sum())
+
+
+def test_relaxation_gradient():
+    "p - r with r held fixed, 0 where the label is probable enough; finite at the ends"
+    z, y = (3*torch.randn(12, K, dtype=torch.float64)).requires_grad_(), torch.randint(0, K, (12,))
+    LabelRelaxation(.2, reduction='sum')(z, y).backward()
+    p = z.detach().softmax(1)
+    py = p.gather(1, y[:, None])
+    r = (.2*p/(1-py)).scatter(1, y[:, None], .8)
+    close(z.grad, torch.where(py >= .8, 0., p-r))
+    for alpha in (0., .1):
+        x = torch.tensor([[200., 0., 0.], [-200., 0., 0.]], requires_grad=True)
+        LabelRelaxation(alpha)(x, torch.tensor([0, 0])).backward()
+        assert x.grad.isfinite().all()
+    assert torch.autograd.gradcheck(lambda x: LabelRelaxation(.1)(x, y), z)

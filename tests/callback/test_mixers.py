@@ -1,10 +1,12 @@
-"CutMix on masks and timm's Mixup, with and without smoothing: every pixel and example accounted for"
+"One of several mixers, CutMix on masks and timm's Mixup, with and without smoothing: every pixel and example accounted for"
+import itertools
 import math
 
 import learners
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.torch_core import set_seed
@@ -254,3 +256,33 @@ def test_several_inputs():
     with pytest.raises(ValueError, match='pastes boxes into images'): run(TimmMix(0., 1.), x, vectors)
     with pytest.raises(ValueError, match='pastes boxes into images'): run(CutMixMask(), x, vectors)
     with pytest.raises(ValueError, match='blends floating inputs'): run(TimmMix(), torch.randint(0, 5, (8, 3)), vectors)
+
+
+# -- OneOf
+
+class Drawn(Callback):
+    run_valid = False
+    def before_fit(self): self.names = []
+    def before_backward(self): self.names.append(type(self.learn.one_of.chosen).__name__)
+
+
+@pytest.mark.parametrize('smooth', [True, False])
+def test_shares_of_one_of(smooth):
+    loss = CrossEntropyLossFlat()
+    cbs = [OneOf(MixUp(), CutMix(), p=[.2, .5]), Drawn(), *([LabelSmoothing(.1)] if smooth else [])]
+    learn = fit(make_learner('index', loss, cbs, n=400, bs=2), 5)
+    share = {n: learn.drawn.names.count(n)/1000 for n in ('MixUp', 'CutMix', 'NoneType')}
+    for n, p in (('MixUp', .2), ('CutMix', .5), ('NoneType', .3)): assert abs(share[n]-p) < .06  # four standard deviations
+    assert learn.loss_func is loss
+
+
+@pytest.mark.parametrize('order', list(itertools.permutations(range(2))))
+def test_one_of_without_smoothing_is_exact(order):
+    "The loss of the mixed truth, also on the batches that are left alone"
+    cbs = [OneOf(MixUp(), CutMix(), p=[.3, .3]), Look()]
+    check_seen(fit(make_learner('index', CrossEntropyLossFlat(), [cbs[i] for i in order]), 4), 'index', 0.)
+
+
+def test_one_of_follows_the_seed():
+    names = [fit(make_learner('index', cbs=[OneOf(MixUp(), CutMix()), Drawn()]), 3).drawn.names for _ in range(2)]
+    assert names[0] == names[1] and len(set(names[0])) > 1

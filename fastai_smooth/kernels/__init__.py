@@ -1,0 +1,14 @@
+"The losses as functions: a formula and faster paths for each, and the choice between them"
+from .formulas import (
+    REDUCTIONS,
+    cross_entropy_of_log_probs,
+    in_single_precision,
+    reduce,
+    smooth_binary_cross_entropy_reference,
+    smooth_cross_entropy_reference,
+)
+from .heads import smooth_linear_cross_entropy
+from .paths import binary_cross_entropy, cross_entropy, smooth_binary_cross_entropy, smooth_cross_entropy
+
+__all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy', 'smooth_linear_cross_entropy', 'smooth_cross_entropy_reference',
+           'smooth_binary_cross_entropy_reference']
