@@ -140,7 +140,7 @@ def public():
         mod = importlib.import_module(f'fastai_smooth.{m}')
         for name in mod.__all__:
             obj = getattr(mod, name)
-            if m != 'all' and callable(obj): yield m, name, obj
+            if m != 'all' and callable(obj) and not (isinstance(obj, type) and issubclass(obj, Exception)): yield m, name, obj
 
 
 def lacks_of(module, name, obj):

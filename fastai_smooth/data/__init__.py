@@ -1,5 +1,4 @@
 "Data: embedded sets, one reader of users' files, label noise, and the network that fits a kind of data"
-from ._words import words, words_arrays # noqa: F401
 from .blocks import csv_dls, folder_dls, image_dls, lines_dls, mask_dls, pets_dls, table_csv_dls, texts_dls
 from .embedded import (
     EMBEDDED, TABLES, digit_masks, digits, digits_arrays, docstrings, docstrings_arrays, embedded_table, mnist5k, mnist5k_arrays, multi_digits, table_arrays)

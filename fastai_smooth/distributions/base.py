@@ -38,7 +38,6 @@ def plot_matrix(
 class Distribution(nn.Module):
     "Base of the distributions: called with a dense target, returns where its mass goes if all of it is smoothed away"
     n_classes = None # Number of classes that this distribution was made for; None: any
-    needs_items = False # Whether the callback has to say which training items a batch is made of
 
     def forward(self,
         target:Tensor, # Dense or mixed target
@@ -81,7 +80,6 @@ class Distribution(nn.Module):
 
     def next_epoch(self): "Use from now on what the training pass that is over taught"
     def forget(self): "Drop what was learned since the last `next_epoch`"
-    def progress(self, share): "Know which share of the training is done, in [0, 1]"
 
     def memory(self)->dict: # Names to tensors; empty for distributions that are made anew with their arguments
         "The state that belongs in a checkpoint"

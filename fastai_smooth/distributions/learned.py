@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .base import Distribution, dense_of, in_single
 from .fixed import through
-from ..targets import base_tensor
+from ..targets import base_tensor, is_readable
 
 # %% ../../nbs/12_distributions.learned.ipynb #5b93464a
 class Online(Distribution):
@@ -46,13 +46,16 @@ class Online(Distribution):
         if labels.is_floating_point(): # dense labels: the class with the most mass, if there is any
             mass,labels = labels.movedim(axis, -1).sum(-1),labels.movedim(axis, -1).argmax(-1)
             labels = torch.where(mass > 0, labels, -1)
-        p,labels = z.reshape(-1, self._n_classes).float().softmax(-1),labels.reshape(-1).long()
-        if len(p) != len(labels): raise ValueError(f"Predictions of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}.")
-        self.follow(p)
-        right = (p.argmax(-1) == labels) & p.isfinite().all(-1) # ignored labels are never right
+        z,labels = z.reshape(-1, self._n_classes),labels.reshape(-1).long()
+        if len(z) != len(labels): raise ValueError(f"Predictions of shape {tuple(logits.shape)} do not fit labels of shape {tuple(labels.shape)}.")
+        self.follow(z)
+        right = z.argmax(-1) == labels # ignored labels never are
+        if is_readable(z): z,labels,right = z[right],labels[right],right[right]
+        p = z.float().softmax(-1)
+        right = (right & p.isfinite().all(-1)).unsqueeze(-1)
         labels = labels.clamp(0, self._n_classes-1)
-        self.sums.index_add_(0, labels, (torch.where(right.unsqueeze(-1), p, 0.)*self.ONE).long())
-        self.counts.index_add_(0, labels, right.long())
+        self.sums.index_add_(0, labels, p.masked_fill_(~right, 0.).mul_(self.ONE).long())
+        self.counts.index_add_(0, labels, right.squeeze(-1).long())
 
     @torch.no_grad()
     def next_epoch(self):

@@ -1,11 +1,16 @@
 "The losses as functions: a formula and faster paths for each, and the choice between them"
 from .formulas import (
     REDUCTIONS,
+    check_class_weight,
+    check_several_classes,
+    class_axis,
     cross_entropy_of_log_probs,
     in_single_precision,
+    log_softmax,
     reduce,
     smooth_binary_cross_entropy_reference,
     smooth_cross_entropy_reference,
+    without_ignored,
 )
 from .heads import smooth_linear_cross_entropy
 from .paths import binary_cross_entropy, cross_entropy, smooth_binary_cross_entropy, smooth_cross_entropy

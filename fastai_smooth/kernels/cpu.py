@@ -133,7 +133,7 @@ def loss_of_rows(z, index, c, eps, mean, wanted):
     else:
         mass = c.sum(1, keepdim=True)
         n, even = mass.sum().item(), not wanted or (mass-1).abs_().amax().item() < 4*torch.finfo(z.dtype).eps
-    scale = (1/n if n > 0 else 0.) if mean else 1.
+    scale = (1/n if n else 0.) if mean else 1.
     if z.numel() <= SMALL: total, g = loss_of_block(z, index, c, mass, even, eps, scale, None, wanted)
     else:
         total, g = 0., torch.empty(z.shape, dtype=z.dtype) if wanted else None

@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..targets import (base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, is_index, is_mixed, is_readable,
-                                   label_error, per_class, shape_error)
+from ..targets import (base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, check_labels, is_index, is_mixed, is_readable,
+                                   per_class, shape_error)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #3c3cd939
+def check_several_classes(
+    shape:tuple, # Of the logits
+    axis:int, # Class dimension, not negative
+):
+    "Raise a ValueError for a softmax over one column, which is 1 whatever is predicted"
+    if shape[axis] == 1:
+        raise ValueError(f"Logits of shape {tuple(shape)} have one class at axis {axis}, whose softmax is always 1: nothing would be learned from a dense target. "
+                         "For one logit per yes-or-no question use LabelSmoothingBCE or smooth_binary_cross_entropy.")
+
 def entries(
     logits:Tensor, # (N, K, *) with the classes at `axis`
     target, # Index, dense or mixed target
@@ -35,6 +44,7 @@ def entries(
     if not isinstance(target, Tensor): raise TypeError(f"The target must be a tensor or a MixedTarget, but is a {type(target).__name__}.")
     target = base_tensor(target)
     if not is_index(target):
+        check_several_classes(shape, axis)
         if target.shape != shape: raise shape_error(shape, target.shape, axis, False)
         return None, target.to(logits.dtype), None
     index, rest = target.long(), shape[:axis] + shape[axis+1:]
@@ -60,18 +70,16 @@ def kept_entries(
     ignore_index:int|None, # Index without mass
     dtype:torch.dtype, # Of the coefficients
 )->tuple: # Classes in [0, K), and coefficients, 0 for an ignored label; None for 1 each
-    "Entries that can be looked up. A label outside the classes: ValueError, where values can be read"
-    if index.numel() and is_readable(index):
+    "Entries that can be looked up. A label outside the classes: ValueError, or a coefficient of nan where values cannot be read"
+    readable = is_readable(index)
+    if readable and index.numel():
         low, high = index.aminmax()
         low, high = low.item(), high.item()
-        if low < 0 or high >= n_classes:
-            bad = (index < 0) | (index >= n_classes)
-            if ignore_index is not None: bad &= index != ignore_index
-            if bad.any(): raise label_error(index, n_classes, ignore_index)
-        if ignore_index is not None and not low <= ignore_index <= high: ignore_index = None # no label is ignored
-    if ignore_index is None: return index, coefficient
-    kept = index != ignore_index
-    return index*kept, kept.to(dtype) if coefficient is None else coefficient*kept
+        if 0 <= low and high < n_classes and (ignore_index is None or not low <= ignore_index <= high): return index, coefficient
+    kept = torch.ones_like(index, dtype=torch.bool) if ignore_index is None else index != ignore_index
+    index, coefficient = index*kept, kept.to(dtype) if coefficient is None else coefficient*kept
+    inside = check_labels(index, n_classes, ignore_index)
+    return (index, coefficient) if inside is None else (index*inside, coefficient.masked_fill(~inside, torch.nan))
 
 # %% ../../nbs/20_kernels.formulas.ipynb #d4b81c57
 REDUCTIONS = 'mean', 'sum', 'none'
@@ -93,7 +101,8 @@ def reduce(
     if reduction == 'none': return loss
     if reduction == 'sum': return loss.sum()
     total, known = loss.sum(), known.sum()
-    return torch.where(known > 0, total/known.clamp(min=torch.finfo(known.dtype).tiny), torch.zeros_like(total))
+    nothing = known == 0 # nan is not nothing
+    return torch.where(nothing, torch.zeros_like(total), total/torch.where(nothing, torch.ones_like(known), known))
 
 def times(
     coefficient:Tensor, # Part of a target
@@ -101,6 +110,31 @@ def times(
 )->Tensor: # Their product, where 0 times inf is 0
     "What the target does not ask for costs nothing, not even when its logit is -inf or nan"
     return coefficient*surprise.masked_fill((coefficient == 0) & ~surprise.isfinite(), 0)
+
+# %% ../../nbs/20_kernels.formulas.ipynb #1983b2ef
+def check_class_weight(
+    weight:Tensor|None, # Weights of classes, or of entries
+    name:str='weight', # How the message calls it
+)->Tensor|None: # The same
+    "Raise a ValueError for a weight that is nan, negative or infinite, where values can be read"
+    if weight is not None and weight.numel() and is_readable(weight):
+        low, high = weight.detach().aminmax()
+        if not (low.item() >= 0 and high.item() < math.inf):
+            raise ValueError(f"{name} must be finite and at least 0, but is {weight.detach().tolist()}. A class that never occurs has no 1/count: give it a weight by hand.")
+    return weight
+
+def without_ignored(
+    logits:Tensor, # (N, K, *) with the classes at `axis`
+    target, # Index, dense or mixed target
+    axis:int, # Class dimension, not negative
+    ignore_index:int|None, # Index without mass
+)->Tensor: # 0 at ignored positions
+    "Logits from which a gradient can be computed whatever stands at ignored positions"
+    index, coefficient, ignore_index = entries(logits, target, axis, ignore_index)
+    if index is not None: _, coefficient = kept_entries(index, coefficient, logits.shape[axis], ignore_index, logits.dtype)
+    return logits if coefficient is None else logits.masked_fill((coefficient == 0).all(axis, keepdim=True), 0.)
+
+def log_softmax(logits, target, axis, ignore_index): return without_ignored(logits, target, axis, ignore_index).log_softmax(axis)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #b94d7fb8
 def cross_entropy_of_log_probs(
@@ -154,17 +188,27 @@ def smooth_cross_entropy_reference(
     "Smoothed cross entropy, the formula as it stands. Shapes, labels or choices that do not fit: ValueError"
     eps = check_eps(eps)
     logits, axis = in_single_precision(logits), check_axis(logits, axis)
-    return cross_entropy_of_log_probs(logits.log_softmax(axis), target, eps, axis, weight, weight_by, ignore_index, reduction)
+    check_class_weight(weight)
+    return cross_entropy_of_log_probs(log_softmax(logits, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #46cda8ca
+def class_axis(
+    logits:Tensor, # Logits of yes-or-no questions
+    axis:int|None, # Class dimension. None: 1 for more than two dimensions, else the last
+)->int: # Class dimension
+    "Where the classes of a binary loss are. An axis that the logits do not have: ValueError"
+    if axis is None: return 1 if logits.ndim > 2 else -1
+    return check_axis(logits, axis)
+
 def binary_cross_entropy_of_logits(
     logits:Tensor, # Logits in at least single precision
     target:Tensor, # Target of the same shape, nan where unknown
     weight:Tensor|None, # Factor, broadcast against the logits
     pos_weight:Tensor|None, # Factor of the positive term, broadcast against the logits
-    reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the last dimension, then the mean over the rows
+    reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the classes, then the mean over the rows
     off=0., # What smoothing makes of a label 0: a number, or a tensor broadcast against the logits
     on=1., # What it makes of a label 1
+    axis:int=-1, # Class dimension, for 'classes'
 )->Tensor: # Loss
     "Binary cross entropy of the known entries of the smoothed target"
     check_choice(reduction, (*REDUCTIONS, 'classes'), 'reduction')
@@ -174,10 +218,14 @@ def binary_cross_entropy_of_logits(
     for name, w in (('weight', weight), ('pos_weight', pos_weight)):
         if w is not None and (w.ndim > logits.ndim or any(a not in (1, b) for a, b in zip(w.shape[::-1], logits.shape[::-1]))):
             raise ValueError(f"{name} of shape {tuple(w.shape)} cannot be broadcast to the logits of shape {tuple(logits.shape)}.")
-    loss = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.), weight, pos_weight=pos_weight, reduction='none')
+    infinite = logits.isinf()
+    loss = F.binary_cross_entropy_with_logits(logits.masked_fill(infinite | ~known, 0.), target.nan_to_num(0.), weight, pos_weight=pos_weight, reduction='none')
+    if not is_readable(infinite) or infinite.any(): # there the loss is a multiple of |z|, where torch says nan
+        wrong = torch.where(logits < 0, target if pos_weight is None else target*pos_weight, 1-target)
+        loss = torch.where(infinite, times(wrong if weight is None else wrong*weight, logits.abs().masked_fill(~infinite, 0.)), loss)
     loss = loss.masked_fill(~known, 0.)
     if reduction == 'classes' and not loss.ndim: loss, known = loss[None], known[None]
-    if reduction == 'classes': return reduce(loss, known.any(-1).to(loss.dtype), 'mean')
+    if reduction == 'classes': return reduce(loss, known.any(axis).to(loss.dtype), 'mean')
     return reduce(loss, known.to(loss.dtype), reduction)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #677d6d9a
@@ -186,14 +234,17 @@ def smooth_binary_cross_entropy_reference(
     target:Tensor, # Multi-hot or per-class probabilities of the same shape (nan: unknown), indices (N,), or mixed target
     eps:float=0.1, # Smoothing strength in [0, 1]
     *,
-    convention:str='half', # 'half', 'uniform' (over the last dimension) or 'complement'
+    axis:int|None=None, # Class dimension. None: 1 for more than two dimensions, else the last
+    convention:str='half', # 'half', 'uniform' (over the classes) or 'complement'
     weight:Tensor|None=None, # Factor, broadcast against the logits
     pos_weight:Tensor|None=None, # Factor of the positive term, broadcast against the logits
     reduction:str='mean', # 'mean' over the known entries, 'sum' or 'none'
 )->Tensor: # Loss: 0-d, or the shape of the logits for 'none'
     "Smoothed binary cross entropy, the formula as it stands. Shapes or choices that do not fit: ValueError"
     logits = in_single_precision(logits)
-    y, _ = binary_target(logits, target)
-    off, on = binary_levels(eps, convention, None, None, y)
+    axis = class_axis(logits, axis)
+    y, _ = binary_target(logits, target, axis)
+    off, on = binary_levels(eps, convention, None, None, y, axis)
     check_choice(reduction, REDUCTIONS, 'reduction')
+    check_class_weight(weight), check_class_weight(pos_weight, 'pos_weight')
     return binary_cross_entropy_of_logits(logits, y, weight, pos_weight, reduction, off, on)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .cpu import cpu_binary_cross_entropy, cpu_cross_entropy
-from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, cross_entropy_of_log_probs, entries, in_single_precision,
-                                            in_transform, kept_entries)
+from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, check_class_weight, class_axis, cross_entropy_of_log_probs, entries,
+                                            in_single_precision, in_transform, kept_entries, log_softmax)
 from ..targets import binary_levels, binary_target, check_axis, check_choice, check_eps
 
 # %% ../../nbs/23_kernels.paths.ipynb #a3d1a81f
@@ -41,7 +41,7 @@ def cross_entropy(
     reduction:str, # 'mean', 'sum' or 'none'
 )->Tensor: # Loss
     "Smoothed cross entropy of logits, by the path that suits"
-    formula = lambda z: cross_entropy_of_log_probs(z.log_softmax(axis), target, eps, axis, weight, weight_by, ignore_index, reduction)
+    formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
     index, coefficient, ignored = entries(logits, target, axis, ignore_index)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
     if path_of(logits, index, coefficient, simple) == 'formula': return formula(logits)
@@ -63,6 +63,7 @@ def smooth_cross_entropy(
     "Cross entropy with uniform label smoothing, of index, dense or mixed targets. Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
     eps = check_eps(eps)
     logits, axis = in_single_precision(logits), check_axis(logits, axis)
+    check_class_weight(weight)
     return cross_entropy(logits, target, eps, axis, weight, weight_by, ignore_index, reduction)
 
 # %% ../../nbs/23_kernels.paths.ipynb #4429e94f
@@ -71,15 +72,16 @@ def binary_cross_entropy(
     target:Tensor, # Target of the same shape, nan where unknown
     weight:Tensor|None, # Factor, broadcast against the logits
     pos_weight:Tensor|None, # Factor of the positive term, broadcast against the logits
-    reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the last dimension, then the mean over the rows
+    reduction:str, # 'mean', 'sum', 'none', or 'classes': summed over the classes, then the mean over the rows
     off=0., # What smoothing makes of a label 0: a number, or a tensor broadcast against the logits
     on=1., # What it makes of a label 1
+    axis:int=-1, # Class dimension, for 'classes'
 )->Tensor: # Loss
     "Binary cross entropy of the known entries of the smoothed target, by the path that suits"
-    formula = lambda z: binary_cross_entropy_of_logits(z, target, weight, pos_weight, reduction, off, on)
+    formula = lambda z: binary_cross_entropy_of_logits(z, target, weight, pos_weight, reduction, off, on, axis)
     simple = weight is None and pos_weight is None and reduction in ('mean', 'sum', 'classes') and not isinstance(off, Tensor) and not isinstance(on, Tensor)
     if path_of(logits, None, target, simple) == 'formula' or (reduction == 'classes' and not logits.ndim): return formula(logits)
-    n = {'sum': 1, 'mean': logits.numel(), 'classes': logits.numel()//logits.shape[-1] if logits.ndim else 1}[reduction]
+    n = {'sum': 1, 'mean': logits.numel(), 'classes': logits.numel()//logits.shape[axis] if logits.ndim else 1}[reduction]
     return cpu_binary_cross_entropy(logits, target, off, on, n, formula)
 
 # %% ../../nbs/23_kernels.paths.ipynb #677d6d9a
@@ -88,13 +90,16 @@ def smooth_binary_cross_entropy(
     target:Tensor, # Multi-hot or per-class probabilities of the same shape (nan: unknown), indices (N,), or mixed target
     eps:float=0.1, # Smoothing strength in [0, 1]
     *,
-    convention:str='half', # 'half', 'uniform' (over the last dimension) or 'complement'
+    axis:int|None=None, # Class dimension. None: 1 for more than two dimensions, else the last
+    convention:str='half', # 'half', 'uniform' (over the classes) or 'complement'
     weight:Tensor|None=None, # Factor, broadcast against the logits
     pos_weight:Tensor|None=None, # Factor of the positive term, broadcast against the logits
     reduction:str='mean', # 'mean' over the known entries, 'sum' or 'none'
 )->Tensor: # Loss: 0-d, or the shape of the logits for 'none'
     "Binary cross entropy with label smoothing, of multi-hot, dense, index or mixed targets"
     check_choice(reduction, REDUCTIONS, 'reduction')
+    check_class_weight(weight), check_class_weight(pos_weight, 'pos_weight')
     logits = in_single_precision(logits)
-    y, _ = binary_target(logits, target)
-    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *binary_levels(eps, convention, None, None, y))
+    axis = class_axis(logits, axis)
+    y, _ = binary_target(logits, target, axis)
+    return binary_cross_entropy(logits, y, weight, pos_weight, reduction, *binary_levels(eps, convention, None, None, y, axis), axis)

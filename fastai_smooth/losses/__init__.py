@@ -2,6 +2,7 @@
 from .binary import LabelSmoothingBCE
 from .combined import CombinedLoss, EachClass, LogitPenalty, MultiTargetLoss
 from .overlap import LabelSmoothingDice, LabelSmoothingFocal
+from .settings import LossSettings, loss_settings
 from .softmax import (
     LabelRelaxation,
     LabelSmoothingCrossEntropy,
@@ -13,4 +14,4 @@ from .softmax import (
 
 __all__ = ['CombinedLoss', 'EachClass', 'LabelRelaxation', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat',
            'LabelSmoothingDice', 'LabelSmoothingFocal', 'LabelSmoothingNLL', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy', 'MultiTargetLoss',
-           'SmoothingLoss']
+           'SmoothingLoss', 'loss_settings']

@@ -11,7 +11,7 @@ __all__ = ['LabelSmoothingBCE']
 import torch
 from torch import Tensor
 
-from ..kernels import binary_cross_entropy, in_single_precision
+from ..kernels import binary_cross_entropy, class_axis, in_single_precision
 from .softmax import SmoothingLoss
 from ..targets import BINARY_CONVENTIONS, binary_levels, binary_target, check_choice, check_eps
 
@@ -27,18 +27,19 @@ class LabelSmoothingBCE(SmoothingLoss):
         *,
         pos_weight:Tensor|None=None, # Factor of the positive term, broadcast against the logits
         convention:str|None=None, # 'half', 'uniform', 'complement'. None: 'half' for multi-hot and dense, 'uniform' for index targets
+        axis:int|None=None, # Class dimension. None: 1 for more than two dimensions, else the last
         eps_pos:float|None=None, # Strength for the positive side, `eps` if None
         eps_neg:float|None=None, # Strength for the negative side, `eps` if None
         thresh:float=0.5, # `decodes` predicts a label above this probability
         target_threshold:float|None=None, # Smoothed targets above it become 1, the others 0. ResNet strikes back uses it after mixing
-        sum_classes:bool=False, # Sum over the classes (last dimension) before the mean
+        sum_classes:bool=False, # Sum over the classes before the mean
     ):
         super().__init__(eps, reduction)
         if convention is not None: check_choice(convention, BINARY_CONVENTIONS, 'convention')
         self._weight('weight', weight)
         self._weight('pos_weight', pos_weight)
         self.eps_pos,self.eps_neg = (e if e is None else check_eps(e, name=n) for e,n in ((eps_pos, 'eps_pos'), (eps_neg, 'eps_neg')))
-        self.convention,self.thresh,self.target_threshold,self.sum_classes = convention,thresh,target_threshold,sum_classes
+        self.axis,self.convention,self.thresh,self.target_threshold,self.sum_classes = axis,convention,thresh,target_threshold,sum_classes
 
     def forward(self,
         pred:Tensor, # Logits, (N, K) or any shape
@@ -46,15 +47,16 @@ class LabelSmoothingBCE(SmoothingLoss):
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or the shape of `pred` for reduction 'none'
         "Smoothed binary cross entropy. Shapes or labels that do not fit: ValueError"
         logits = in_single_precision(pred)
-        y,was_index = binary_target(logits, target)
+        axis = class_axis(logits, self.axis)
+        y,was_index = binary_target(logits, target, axis)
         convention = self.convention or ('uniform' if was_index else 'half')
-        off,on = binary_levels(self.eps, convention, self.eps_pos, self.eps_neg, y)
+        off,on = binary_levels(self.eps, convention, self.eps_pos, self.eps_neg, y, axis)
         if self.target_threshold is not None:
             y = torch.where(y.isnan(), y, (off+(on-off)*y > self.target_threshold).to(y.dtype))
             off,on = 0.,1.
         reduction = self.reduction if not self.sum_classes or self.reduction != 'mean' else 'classes'
-        loss = binary_cross_entropy(logits, y, self.weight, self.pos_weight, reduction, off, on)
-        return loss.sum(-1) if self.sum_classes and reduction == 'none' and loss.ndim else loss
+        loss = binary_cross_entropy(logits, y, self.weight, self.pos_weight, reduction, off, on, axis)
+        return loss.sum(axis) if self.sum_classes and reduction == 'none' and loss.ndim else loss
 
     def activation(self,
         pred:Tensor # Logits

@@ -11,7 +11,7 @@ __all__ = ['LabelSmoothingFocal', 'LabelSmoothingDice']
 import torch
 from torch import Tensor, nn
 
-from ..kernels import in_single_precision
+from ..kernels import check_several_classes, in_single_precision, without_ignored
 from .softmax import LabelSmoothingCrossEntropy, SoftmaxLoss
 from ..targets import check_axis, check_dist, dense_target, spread
 
@@ -38,7 +38,10 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
 
     def log_probs(self, pred, axis):
         log_p = pred.log_softmax(axis)
-        return log_p*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)**self.gamma if self.gamma else log_p
+        if not self.gamma: return log_p
+        ruled_out = log_p == -torch.inf # 0 instead, where the focal factor has a gradient
+        log_p = log_p.masked_fill(ruled_out, 0.)
+        return (log_p*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)**self.gamma).masked_fill(ruled_out, -torch.inf)
 
 # %% ../../nbs/32_losses.overlap.ipynb #e200e2a1
 class LabelSmoothingDice(SoftmaxLoss):
@@ -67,12 +70,13 @@ class LabelSmoothingDice(SoftmaxLoss):
         "Dice of the smoothed target. Shapes or labels that do not fit: ValueError"
         axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
         if axis == 0: raise ValueError(f"axis=0 of predictions of shape {tuple(pred.shape)} counts examples: the classes need another one.")
+        check_several_classes(pred.shape, axis)
         q = dense_target(target, logits, axis, self.ignore_index)
-        p = logits.softmax(axis)*q.sum(axis, keepdim=True) # a pixel without mass counts for nothing
+        p = without_ignored(logits, q, axis, None).softmax(axis)*q.sum(axis, keepdim=True) # a pixel without mass counts for nothing
         q = spread(q, self.eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
         area = [d for d in range(1, pred.ndim) if d != axis]
         total = lambda x: x.sum(area) if area else x
         if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())
         else: inter,union = total(torch.minimum(p, q)),total(p+q)
         loss = 1 - (2*inter+self.smooth)/(union+self.smooth)
-        return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' else loss.mean()
+        return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' or not loss.numel() else loss.mean()

@@ -14,7 +14,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from ..kernels import REDUCTIONS, cross_entropy, cross_entropy_of_log_probs, in_single_precision
+from ..kernels import (REDUCTIONS, check_class_weight, cross_entropy, cross_entropy_of_log_probs, in_single_precision, log_softmax,
+                                   without_ignored)
 from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_dist, check_eps, check_probabilities, dense_target,
                                    per_class, to_dense, uniform_eps)
 
@@ -57,11 +58,11 @@ class SmoothingLoss(nn.Module):
         self._reduction = value
 
     def _weight(self, name, value):
-        "Keep a weight as a buffer, so that `.to(device)` moves it"
+        "Keep a weight as a buffer, so that `.to(device)` moves it. nan, negative or infinite: ValueError"
         if value is not None:
             value = torch.as_tensor(value).detach()
             value = (base_tensor(value) if value.is_floating_point() else value.to(torch.get_default_dtype())).clone()
-        self.register_buffer(name, value)
+        self.register_buffer(name, check_class_weight(value, name))
 
     def __repr__(self):
         values = {n: (getattr(self, n), p.default) for n, p in inspect.signature(type(self).__init__).parameters.items() if n != 'self'}
@@ -122,10 +123,10 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         if self.dist is None:
             eps = uniform_eps(self.eps, self.convention, pred.shape[axis])
             if self.fast: return cross_entropy(logits, target, eps, *args)
-            return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args)
+            return cross_entropy_of_log_probs(self.log_probs(without_ignored(logits, target, axis, self.ignore_index), axis), target, eps, *args)
         check_dist(self.dist, self.convention)
-        log_probs = self.log_probs(logits, axis)
-        q = dense_target(target, log_probs, axis, self.ignore_index)
+        q = dense_target(target, logits, axis, self.ignore_index)
+        log_probs = self.log_probs(without_ignored(logits, q, axis, None), axis)
         received = self.dist(q*per_class(self.eps, q, axis), axis=axis, logits=pred, inputs=inputs)
         return cross_entropy_of_log_probs(log_probs, q, self.eps, *args, received)
 
@@ -167,15 +168,15 @@ class MultiLabelSmoothingCrossEntropy(SoftmaxLoss):
 
     def forward(self,
         pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
-        target:Tensor, # Multi-hot or soft target of the same shape (nan: unknown, counts as not there), or indices (N, *)
+        target:Tensor, # Multi-hot or soft target of the same shape, or indices (N, *)
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy with the positives of a row sharing its mass. Shapes or labels that do not fit: ValueError"
         axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
         y = target
-        if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(base_tensor(y).to(logits.dtype).nan_to_num(0.))
+        if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(base_tensor(y).to(logits.dtype))
         else: y = to_dense(y, pred.shape[axis], axis).to(logits.dtype)
         n = y.sum(axis, keepdim=True)
-        return cross_entropy(logits, y/n.where(n > 0, 1.), self.eps, axis, None, 'class', None, self.reduction)
+        return cross_entropy(logits, y/n.where(n != 0, 1.), self.eps, axis, None, 'class', None, self.reduction)
 
     def decodes(self,
         pred:Tensor # Probabilities
@@ -205,8 +206,8 @@ class LabelRelaxation(SoftmaxLoss):
         target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Relaxed loss. Shapes or labels that do not fit: ValueError"
-        axis,log_p = check_axis(pred, self.axis),in_single_precision(pred)
-        log_p = log_p.log_softmax(axis)
+        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
+        log_p = log_softmax(logits, target, axis, self.ignore_index)
         alpha = torch.as_tensor(per_class(self.eps, log_p, axis), dtype=log_p.dtype, device=log_p.device)
         alpha = alpha.clamp(max=1-torch.finfo(log_p.dtype).eps) # 1 asks for nothing
         log_p = torch.minimum(log_p, (-alpha).log1p()) # from there on nothing is to be gained

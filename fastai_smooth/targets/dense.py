@@ -17,7 +17,9 @@ from torch import Tensor, nn
 # %% ../../nbs/00_targets.dense.ipynb #dedad9f1
 def base_tensor(x):
     "`x` without its tensor subclass: fastai's `TensorCategory`, `TensorMask` and the like dispatch slowly"
-    return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
+    if not isinstance(x, Tensor) or type(x) is Tensor: return x
+    # the tensors of torch.export, fake and distributed ones compute by a dispatch of their own, and are nothing without it
+    return x.as_subclass(Tensor) if type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ else x
 
 def is_index(
     y:Tensor # Any tensor
@@ -102,6 +104,16 @@ def shape_error(
     kind = "indices" if is_index else "a dense target"
     return ValueError(f"Logits of shape {shape} with the classes at axis {axis} want indices {without(axis)} or a dense target {shape}, "
                       f"but got {kind} of shape {target_shape}.{hint}")
+
+def check_not_nan(
+    q:Tensor, # Dense target
+    axis:int=1, # Class dimension
+):
+    "Raise a ValueError that names the first example with nan in a dense target, where values can be read"
+    if not q.numel() or not is_readable(q) or not q.isnan().any(): return
+    row = int(q.movedim(axis, -1).flatten(1).isnan().any(1).nonzero()[0])
+    raise ValueError(f"The dense target of shape {tuple(q.shape)} holds nan for the example {row}: only binary losses take nan, as unknown. "
+                     "Correct it, or set all classes of the position to 0 to ignore it.")
 
 def check_choice(
     value:str, # What was given
@@ -241,7 +253,7 @@ def per_class(
     value = value.to(like)
     return value.view([-1 if d == axis % like.ndim else 1 for d in range(like.ndim)]) if index is None else value[index]
 
-eps_along = per_class
+eps_along = per_class # the older name
 
 # %% ../../nbs/00_targets.dense.ipynb #eb995acf
 def smooth_labels(

@@ -67,6 +67,7 @@ class MixtureForm(DenseOperators):
         n_classes:int, # Number of classes K
         axis:int=1, # Class dimension of the dense form
         ignore_index:int|None=-100, # Index that has no mass
+        labels:Tensor|None=None, # Hard label of each example, (N, *): a mixture keeps that of the last argument, as mixers call it
     ):
         indices,weights = base_tensor(indices),base_tensor(weights)
         if not isinstance(indices, Tensor) or not is_index(indices) or indices.ndim < 2:
@@ -79,6 +80,7 @@ class MixtureForm(DenseOperators):
         if not -indices.ndim < axis < indices.ndim or axis % indices.ndim == 0:
             raise ValueError(f"axis={axis} does not fit a dense target of {indices.ndim} dimensions, the first of which counts examples.")
         self.indices,self.n_classes,self.axis,self.ignore_index = indices.long(),n_classes,axis % indices.ndim,ignore_index
+        self.labels = labels
         # Kept as small as they came, apart from the first two dimensions: a weight per image is not written out per pixel
         self._weights,self._dense = weights.expand(*indices.shape[:2], *weights.shape[2:]),None
 
@@ -146,7 +148,7 @@ STAYS_SPARSE = {torch.lerp: lerp_targets, Tensor.lerp: lerp_targets, torch.where
 # %% ../../nbs/01_targets.mixed.ipynb #d748b2c6
 class MixedTarget(MixtureForm):
     "A mixture of `m` index targets that stands for its dense form and stays sparse under `torch.lerp` and indexing by example"
-    def _like(self, indices, weights): return MixedTarget(indices, weights, self.n_classes, self.axis, self.ignore_index)
+    def _like(self, indices, weights, labels): return MixedTarget(indices, weights, self.n_classes, self.axis, self.ignore_index, labels)
 
     def _same_form(self, other):
         "Whether `other` is a sparse mixture of the same dense form, and so is this"
@@ -157,7 +159,7 @@ class MixedTarget(MixtureForm):
         "Move to a device or a floating dtype, staying sparse"
         w = self._weights.to(*args, **kwargs)
         if not self.is_sparse_mixture or not w.is_floating_point(): return self.dense().to(*args, **kwargs)
-        return self._like(self.indices.to(w.device), w)
+        return self._like(self.indices.to(w.device), w, None if self.labels is None else self.labels.to(w.device))
 
     def lerp(self, end, weight):
         "`torch.lerp`: sparse for another mixture of the same form and a weight that is the same for all classes, dense otherwise"
@@ -167,18 +169,19 @@ class MixedTarget(MixtureForm):
         a,b = self._weights*(1-w),end._weights*w
         rest = torch.broadcast_shapes(a.shape[2:], b.shape[2:])
         a,b = (t.expand(*t.shape[:2], *rest) for t in (a, b))
-        return self._like(torch.cat([self.indices, end.indices], 1), torch.cat([a, b], 1))
+        return self._like(torch.cat([self.indices, end.indices], 1), torch.cat([a, b], 1), end.labels)
 
     def where(self, condition, other):
         "`self` where the condition holds and `other` elsewhere: sparse if both have as many components and the condition is the same for all classes"
         sparse = self._same_form(other) and self.indices.shape == other.indices.shape
         c = component_weight(condition, self.shape, self.axis) if sparse else None
         if c is None: return torch.where(condition, self.dense(), densified(other))
-        return self._like(torch.where(c, self.indices, other.indices), torch.where(c, self.weights, other.weights))
+        return self._like(torch.where(c, self.indices, other.indices), torch.where(c, self.weights, other.weights), other.labels)
 
     def __getitem__(self, i):
         by_example = isinstance(i, (slice, list)) or (hasattr(i, 'ndim') and i.ndim == 1)
-        return self._like(self.indices[i], self._weights[i]) if by_example and self.is_sparse_mixture else self.dense()[i]
+        if not by_example or not self.is_sparse_mixture: return self.dense()[i]
+        return self._like(self.indices[i], self._weights[i], None if self.labels is None else self.labels[i])
 
     def __setitem__(self, i, value): self._densify()[i] = value
 

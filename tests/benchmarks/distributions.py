@@ -6,7 +6,8 @@
 
 `costs` measures, for a batch (256, 10000), the time over one matrix product with a (10000, 10000) matrix; for masks (2, 150, 256, 256) the time over one
 pass (x + 1) of the masks; and the bytes that the distribution itself holds. `confusable` runs `fastai-smooth compare` with 3 of 10 training labels of six
-MNIST digits swapped with the digit that they resemble (some ten minutes on one core). Each writes its part of nbs/figures/distributions.json, which the notebooks show.
+MNIST digits swapped with the digit that they resemble (some ten minutes on one core). Each writes its part of nbs/figures/distributions.json,
+which the notebooks show.
 """
 import argparse
 import csv

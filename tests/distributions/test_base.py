@@ -1,9 +1,11 @@
 "What every distribution does, and sums of them"
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from fastai_smooth.distributions import (ClassPrior, Distribution, Mixture, Online, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf,
+from fastai_smooth.distributions import (ClassPrior, Distribution, Mixture, Online, PossibleClasses, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf,
                                          check_distribution)
 from fastai_smooth.losses import LabelSmoothingCrossEntropy
 from fastai_smooth.targets import MixedTarget, smooth_labels, to_dense
@@ -71,6 +73,23 @@ def test_mass_is_kept_and_ignored_stays_ignored(make):
     loss = LabelSmoothingCrossEntropy(.3, axis=1, dist=make())(z.requires_grad_(), y, inputs=z.detach())
     loss.backward()
     assert not z.grad[0, :, :2].any() and z.grad[1].any()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]), st.booleans(), st.booleans())
+def test_mass_is_kept_whatever_the_target(seed, dtype, last, with_nan):
+    "Any mass, ignored rows, the classes anywhere; a row with nan is nan, and only that row"
+    g = torch.Generator().manual_seed(seed)
+    q = torch.rand(3, K, 2, 3, generator=g, dtype=dtype)*torch.randint(0, 2, (3, 1, 2, 3), generator=g)
+    if with_nan: q[0, 1, 0, 0] = float('nan')
+    z = torch.randn(3, K, 2, 3, generator=g, dtype=dtype)
+    z[torch.rand(z.shape, generator=g) < .2] = -torch.inf
+    axis = -1 if last else 1
+    q, z = (t.movedim(1, axis).contiguous() for t in (q, z))
+    for dist in (*(make() for make in FIXED), Uniform(), ClassPrior([3, 0, 1, 2]), Zipf(2.), PossibleClasses(), .3*Zipf()+.7*PossibleClasses()):
+        u = dist(q, axis=axis, logits=z)
+        assert u.dtype is dtype and torch.equal(u.isnan().any(axis), q.isnan().any(axis))
+        torch.testing.assert_close(u.sum(axis), q.sum(axis), rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert not u[(q == 0).all(axis, keepdim=True).expand_as(u)].any()
 
 
 def test_every_one_says_what_it_is():

@@ -179,6 +179,29 @@ def test_export(tmp_path):
     assert torch.equal(cb.dist.matrix(K), dist.matrix(K)), "the loaded learner's checkpoints carry it too"
 
 
+@pytest.mark.parametrize('summed', [False, True])
+def test_an_exported_student_has_no_teacher(tmp_path, summed):
+    big = nn.Sequential(nn.Flatten(), nn.Linear(K*16, 3000), nn.Linear(3000, K))
+    teacher = Teacher(big, 2.)
+    learn = make_learner('index', None, [LabelSmoothing(.5, .5*teacher + .5*Uniform() if summed else teacher)])
+    learn.path = tmp_path
+    fit(learn, 1)
+    learn.export('student.pkl')
+    assert (tmp_path/'student.pkl').stat().st_size < 100_000 < 4*sum(p.numel() for p in big.parameters())
+    assert teacher.model is big
+    fit(learn, 1), fit(copy.deepcopy(learn), 1) # what was exported, and a copy of it, train on
+    loaded = load_learner(tmp_path/'student.pkl')
+    x = learn.dls.one_batch()[0]
+    assert torch.equal(loaded.model.eval()(x), load_learner(tmp_path/'student.pkl').model.eval()(x))
+    assert len(loaded.get_preds(dl=learn.dls.valid)[0]) == len(learn.dls.valid_ds)
+    assert next(m for d in loaded.label_smoothing.dists().values() for m in d.members() if isinstance(m, Teacher)).temperature == 2.
+    loaded.dls = learn.dls
+    loaded.opt = None
+    before = [p.clone() for p in loaded.model.parameters()]
+    with pytest.raises(ValueError, match='no model any more'): fit(loaded, 1, .1)
+    assert all(torch.equal(a, b) for a, b in zip(before, loaded.model.parameters())), "nothing was trained"
+
+
 def test_an_interrupted_and_resumed_fit_is_an_uninterrupted_one(tmp_path):
     def run(n, start=0, stop=None):
         dist = Online(K)

@@ -1,4 +1,7 @@
 "Online and Teacher against loops. What they do while a model trains is in test_in_training.py"
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +47,21 @@ def test_online_against_loop(momentum):
         close(dist(q), q.numpy()@expected)
     assert not dist.sums.any() and not dist.counts.any() and not dist.transition.requires_grad
     assert repr(eval(repr(dist))) == repr(dist)
+
+
+def test_dense_labels_without_mass_or_with_nan_teach_nothing():
+    dist, z = Online(K), 5*torch.eye(K)
+    q = torch.eye(K)
+    q[1], q[2, 2] = 0., float('nan')
+    dist.update(z, q), dist.next_epoch()
+    close(dist.matrix(K)[1:3], torch.full((2, K), 1/K)), close(dist.matrix(K)[[0, 3]], z.softmax(1)[[0, 3]])
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    z, y = torch.randn(1000, K), torch.randint(0, K, (1000,))
+    a, b, perm = Online(K), Online(K), torch.randperm(1000)
+    a.update(z, y), b.update(z[perm], y[perm])
+    assert torch.equal(a.sums, b.sums) and torch.equal(a.counts, b.counts)
 
 
 def test_online_per_pixel_and_from_dense_labels():
@@ -147,3 +165,35 @@ def test_teacher_errors():
     with pytest.raises(TypeError, match='nn.Module or a Learner'): Teacher(lambda x: x)
     with pytest.raises(ValueError, match='temperature'): Teacher(Noisy(), 0.)
     with pytest.raises(ValueError, match='no transition matrix'): Teacher(Noisy()).matrix(K)
+
+
+def test_a_model_with_several_outputs():
+    "fastai's text models give the logits and hidden states; a model of one output stays as it is"
+    class Text(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.kind = kind
+        def forward(self, x): return self.kind([x, x.new_zeros(3, 9), x.new_zeros(3, 9)])
+    x, q = torch.randn(5, K), torch.rand(5, K)
+    for kind in (tuple, list): assert torch.equal(Teacher(Text(kind), 2.)(q, inputs=x), Teacher(nn.Identity(), 2.)(q, inputs=x))
+
+
+def test_a_pickle_has_no_teacher_and_a_copy_has():
+    model = nn.Sequential(nn.Linear(3, 400), nn.Linear(400, K))
+    teacher, x, q = Teacher(model, 3.), torch.randn(5, 3), torch.rand(5, K)
+    u = teacher(q, inputs=x)
+    loss = LabelSmoothingCrossEntropy(.1, dist=.5*teacher + .5*Uniform())
+    assert len(pickle.dumps(loss)) < 10_000 < len(pickle.dumps(model))
+    bare = pickle.loads(pickle.dumps(loss)).dist.parts[0]
+    assert bare.temperature == 3. and repr(bare) == 'Teacher(None, temperature=3)' and bare.model is None
+    for use in (lambda: bare(q, inputs=x), lambda: bare.check_classes(K)):
+        with pytest.raises(ValueError, match=r'no model any more.* Set its `.model`'): use()
+    bare.model = model
+    assert torch.equal(bare(q, inputs=x), u) and teacher.model is model, "what was pickled goes on"
+    deep, flat = copy.deepcopy(teacher), copy.copy(teacher)
+    assert torch.equal(deep(q, inputs=x), u) and torch.equal(flat(q, inputs=x), u)
+    assert deep.model is not model and flat.model is model and copy.deepcopy([teacher]*2)[0].temperature == 3.
+    flat.model = None
+    assert teacher.model is model
+    pair = copy.deepcopy([teacher, teacher])
+    assert pair[0] is pair[1] and type(pair[0]) is Teacher

@@ -97,3 +97,10 @@ def test_nan_is_allowed_among_probabilities_and_hides_nothing():
     check_probabilities(torch.tensor([0., math.nan, 1.]))
     with pytest.raises(ValueError, match='holds -3'): check_probabilities(torch.tensor([math.nan, -3.]))
     torch.func.vmap(smooth_binary)(torch.rand(3, 2))  # there are no values to check
+
+
+def test_labels_that_cannot_be_read_are_not_silently_no_positive():
+    "nan means unknown here, so inf marks the row and makes the loss inf or nan"
+    z, y = torch.zeros(2, 2, 3), torch.tensor([[0, -100], [1, 7]])
+    t = torch.func.vmap(lambda z, y: binary_target(z, y)[0])(z, y)
+    assert t.isinf().any(-1).tolist() == [[False, False], [False, True]] and t[0, 1].isnan().all()

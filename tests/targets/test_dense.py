@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_smooth.distributions import ClassPrior, Similarity, Uniform
-from fastai_smooth.targets import (MixedTarget, check_axis, check_choice, convert_eps, dense_target, label_error, per_class, shape_error, smooth_labels,
-                                   to_dense, uniform_eps)
+from fastai_smooth.distributions import ClassPrior, Similarity, Taxonomy, Uniform
+from fastai_smooth.targets import (MixedTarget, base_tensor, check_axis, check_choice, check_not_nan, convert_eps, dense_target, label_error, per_class,
+                                   shape_error, smooth_binary, smooth_labels, to_dense, uniform_eps)
 
 CONVENTIONS = ['uniform', 'others', 'classy']
 DTYPES = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -34,9 +34,11 @@ def dense_targets(draw, min_classes=2):
 @st.composite
 def fixed_distributions(draw, n_classes):
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    kind = draw(st.sampled_from(['uniform', 'prior', 'similarity']))
+    kind = draw(st.sampled_from(['uniform', 'prior', 'similarity', 'taxonomy', 'sum']))
     if kind == 'uniform': return Uniform()
     if kind == 'prior': return ClassPrior(torch.rand(n_classes, generator=g)+.01)
+    if kind == 'taxonomy': return Taxonomy([f'{torch.randint(0, 3, (), generator=g)}/{k}' for k in range(n_classes)], 3.)
+    if kind == 'sum': return .25*Uniform() + .75*draw(fixed_distributions(n_classes))
     m = torch.rand(n_classes, n_classes, generator=g)
     return Similarity(m/m.sum(1, keepdim=True))
 
@@ -239,3 +241,43 @@ def test_dense_target_takes_shape_and_dtype_of_the_predictions():
     q = dense_target(y, z, 1, -100)
     assert q.dtype is torch.float64 and torch.equal(q, dense_target(y[:, None], z, 1, -100)) and torch.equal(q, dense_target(q.float(), z, 1, -100))
     with pytest.raises(ValueError, match=r'\(2, 3, 4\).*\(1, 3, 4\)'): dense_target(y[:1], z, 1, -100)
+
+
+def test_labels_that_cannot_be_read_make_their_rows_nan():
+    "Inside a transform as on a GPU: no error that ends the process, and nothing that is silently wrong"
+    y = torch.tensor([[0, 1, -100], [2, 7, -1]])
+    for q in (torch.func.vmap(lambda row: to_dense(row, 3, axis=0))(y), torch.compile(lambda y: to_dense(y, 3), backend='eager')(y)):
+        assert q.isnan().any(1).tolist() == [[False, False, False], [False, True, True]]
+        assert torch.equal(q[0], to_dense(y[:1], 3)[0])
+
+
+def test_nan_stays_nan_and_the_example_is_named():
+    q = torch.rand(3, 4, 2)
+    check_not_nan(q), check_not_nan(q[:0])
+    q[1, 2, 1] = math.nan
+    for convention in CONVENTIONS: assert torch.equal(smooth_labels(q, .2, convention=convention).isnan().any(1), q.isnan().any(1))
+    with pytest.raises(ValueError, match=r'\(3, 4, 2\) holds nan for the example 1'): check_not_nan(q)
+    with pytest.raises(ValueError, match='for the example 1'): check_not_nan(q.movedim(1, -1), -1)
+
+
+def test_no_value_is_read_on_a_device_that_would_have_to_stop():
+    y = torch.empty(2, 3, dtype=torch.long, device='meta') # has no values to read
+    q = to_dense(y, 4)
+    assert smooth_labels(q, .1).shape == dense_target(y, torch.empty(2, 4, 3, device='meta'), 1, -100).shape == (2, 4, 3)
+    check_not_nan(q)
+
+
+def test_fastais_tensors_become_plain_ones():
+    from fastai.torch_core import TensorBase, TensorCategory
+    y = TensorCategory(torch.tensor([0, 2]))
+    assert type(base_tensor(y)) is torch.Tensor and type(smooth_labels(y, .1, 3)) is torch.Tensor and base_tensor('x') == 'x'
+    assert type(smooth_labels(TensorBase(torch.rand(2, 3)), .1)) is torch.Tensor and base_tensor(y).data_ptr() == y.data_ptr()
+
+
+def test_targets_can_be_exported():
+    "torch.export traces with a tensor subclass that computes by itself: it must not be taken off"
+    class Model(torch.nn.Module):
+        def forward(self, y, q): return smooth_labels(y, .1, 4), smooth_labels(q, .2, convention='others'), smooth_binary(q, .1)
+    y, q = torch.tensor([0, 3, -100]), torch.rand(3, 4)
+    for strict in (False, True):
+        for a, b in zip(torch.export.export(Model(), (y, q), strict=strict).module()(y, q), Model()(y, q)): close(a, b)

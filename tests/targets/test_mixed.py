@@ -133,3 +133,20 @@ def test_where_is_as_on_the_dense_form(mix, data):
 def test_nan_weights_stay_nan():
     mix = MixedTarget(torch.tensor([[0, 1], [2, -100], [1, 2]]), torch.tensor([[float('nan'), .5], [1., float('nan')], [.5, .5]]), 3)
     assert mix.dense().sum(1).isnan().tolist() == [True, True, False]
+
+
+def test_the_hard_labels_stay_with_their_examples():
+    y, perm = torch.tensor([[0, 1], [2, 2], [1, 0]]), torch.tensor([2, 0, 1])
+    a = MixedTarget(y[:, None], torch.ones(3, 1), 3, labels=y)
+    mixed = torch.lerp(a[perm], a, torch.tensor([.9, .8, .7]).view(3, 1, 1))
+    mixed = torch.where(torch.rand(3, 1, 2) < .5, mixed[perm], mixed)
+    assert mixed.is_sparse_mixture and torch.equal(mixed.labels, y) and torch.equal(mixed[perm].labels, y[perm])
+    assert torch.equal(mixed[1:].to(torch.float64).labels, y[1:]) and torch.equal(mixed[[1]].labels, y[[1]])
+    assert MixedTarget(y[:, None], torch.ones(3, 1), 3)[perm].labels is None
+
+
+def test_labels_that_cannot_be_read_make_their_rows_nan():
+    "Inside a transform as on a GPU: no error that ends the process, and nothing that is silently wrong"
+    def dense(index): return MixedTarget(index, torch.tensor([[.5, .5]]).expand(len(index), 2), 3).dense()
+    q = torch.func.vmap(dense)(torch.tensor([[[0, 1], [0, 9], [2, -100]]]))[0]
+    assert q.isnan().any(1).tolist() == [False, True, False] and torch.equal(q[0], torch.tensor([.5, .5, 0.]))

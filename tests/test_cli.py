@@ -1,0 +1,88 @@
+"The command: its options are the parameters of functions, mistakes are one line, and usage needs neither torch nor fastai"
+import subprocess
+import sys
+
+import pytest
+
+from fastai_smooth import __version__
+from fastai_smooth.cli import COMMANDS, _parser, main, numbers, setting
+from fastai_smooth.compare import Comparison
+from fastai_smooth.data import SOURCES
+from fastai_smooth.train import recipes
+
+
+@pytest.mark.parametrize('args, words', [
+    (['train', 'resnet'], 'there are pets'), (['train', 'digits', '--arch', 'resnet18'], "no setting 'arch'"), (['train', 'finetune'], 'no data of its own'),
+    (['train', 'finetune', 'nowhere'], 'nowhere is not a folder'), (['train', 'digits', '--set', 'epochs'], 'NAME=VALUE'),
+    (['train', 'digits', '--set', 'colour=3'], "no setting 'colour'"), (['train', 'digits', '--epochs', '0'], 'epochs must be above 0'),
+    (['train', 'digits', '--set', 'bs=abc'], 'bs must be a number'), (['train', 'digits', '--set', 'calibrate=no'], 'True or False'),
+    (['train', 'digits', '--epochs', '1', '--set', 'epochs=2'], 'epochs is given twice'), (['train', 'digits', '--set', 'out=x'], 'out is given twice'),
+    (['train', 'digits', '--epochs', 'x'], '--epochs'), (['train'], 'RECIPE'), (['train', 'digits', '--ignore', '255'], "no setting 'ignore'"),
+    (['train', 'finetune', '.', '--pretrained', 'perhaps'], 'yes nor no'), (['train', 'digits', '--out', '/proc/no/such'], '/proc/no'),
+    (['train', 'digits', '--resume'], '--out'), (['calibrate', 'a.pkl', 'b'], '--out'), (['calibrate', 'a.pkl', 'b', '--out', 'c.pkl'], 'There is no a.pkl'),
+    (['list', 'resnet'], 'there are pets'), (['compare', '--seed', '3'], 'unrecognized arguments: --seed'), (['compare', '--epoch', '3'], '--epoch'),
+    (['compare', '--eps', 'much'], '--eps'), (['compare', '--resume'], '--out'), (['fit'], 'invalid choice')])
+def test_mistakes_are_one_line_and_write_nothing(args, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try: code = main(args)
+    except SystemExit as e: code = e.code
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_command_alone_prints_its_usage(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('usage: fastai-smooth') and all(name in out for name in COMMANDS)
+
+
+def test_list(capsys):
+    assert main(['list']) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.strip().splitlines()] == list(recipes)
+    assert main(['list', 'a3']) == 0 and 'magnitude' in capsys.readouterr().out
+
+
+def test_options_of_compare_are_those_of_a_comparison():
+    "Names and defaults, so that nothing which Python can say is missing from the command, and the other way round"
+    has = vars(_parser().parse_args(['compare']))
+    has.pop('command')
+    fields = {k: f.default for k, f in Comparison.__dataclass_fields__.items() if f.init and k != 'rows'}
+    assert has == fields
+
+
+def test_help_names_all_data_sets(capsys):
+    with pytest.raises(SystemExit): main(['compare', '--help'])
+    out = capsys.readouterr().out
+    assert all(name in out for name in SOURCES) and '--valid-pct' in out and '(default: 0.2)' in out
+
+
+@pytest.mark.parametrize('word', ['--valid-pct', '--valid_pct', '--valid_pct=.3', '--valid-pct=.3'])
+def test_hyphens_and_underscores(word):
+    words = [word] if '=' in word else [word, '.3']
+    for command in (['compare'], ['train', 'digits']): assert _parser().parse_args([*command, *words]).valid_pct == .3
+
+
+def test_every_setting_is_an_option_of_its_type():
+    words = 'train segmentation x --ignore 255 --kernel-size 5 --sigma 2 --pretrained no --delimiter , --layers 20,10 --skip-broken'
+    args = _parser().parse_args(words.split())
+    assert (args.recipe, args.data, args.ignore, args.kernel_size, args.sigma, args.pretrained) == ('segmentation', 'x', 255, 5, 2., False)
+    assert (args.delimiter, args.layers, args.skip_broken) == (',', (20, 10), True)
+    for r in recipes.values(): assert set(r.settings) <= set(vars(args))
+
+
+def test_values():
+    assert numbers('.1') == .1 and numbers('0,.2') == [0., .2]
+    assert setting('freeze-epochs=2') == ('freeze_epochs', 2) and setting('arch=resnet18') == ('arch', 'resnet18')
+    assert setting('delimiter= ') == ('delimiter', ' ')
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize('args, code, words', [
+    (['--version'], 0, __version__), ([], 0, 'usage'), (['compare', '--help'], 0, '--seeds'), (['train', '--help'], 0, '--ignore'), (['list'], 0, 'finetune'),
+    (['list', 'a1'], 0, 'Wightman'), (['train', 'digits', '--arch', 'x'], 2, "no setting 'arch'"), (['train', 'finetune', 'nowhere'], 2, 'nowhere'),
+    (['compare', '--seed', '3'], 2, 'unrecognized')])
+def test_usage_and_refusals_import_neither_torch_nor_fastai(args, code, words):
+    script = ("import sys; from fastai_smooth.cli import main\ntry: code = main(sys.argv[1:])\nexcept SystemExit as e: code = e.code\n"
+              "assert not {'torch', 'fastai', 'numpy', 'timm'} & set(sys.modules); sys.exit(code)")
+    done = subprocess.run([sys.executable, '-c', script, *args], capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout+done.stderr, done.stderr
