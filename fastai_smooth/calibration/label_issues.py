@@ -63,7 +63,7 @@ def find_label_issues(self:Learner,
     "Which labels of the training set are probably wrong, by k trainings from the present weights. The learner stays as it was. Masks: ValueError"
     if not isinstance(k, Integral) or k < 2: raise ValueError(f"k must be at least 2, but got {k!r}.")
     dl = self.dls.train
-    state = random_state(self.dls.loaders)
+    state,loaders = random_state(self.dls.loaders),[(d, dict(vars(d))) for d in self.dls.loaders] # fastai's `new` notes things on the loader it copies
     try:
         with as_validation(dl.dataset): before = gather(self, part_dl(dl, range(len(dl.dataset)), False))
         if before.ndim > 2: raise ValueError("Labels of pixels are out: find_label_issues is for one class or several labels per example.")
@@ -77,6 +77,10 @@ def find_label_issues(self:Learner,
             with new.no_logging(): new.fit_one_cycle(n_epoch, lr or self.lr)
             with as_validation(dl.dataset): found = gather(new, new.dls.valid)
             probs[found.example.numpy()] = found.p.numpy()
-    finally: set_random_state(state, self.dls.loaders)
+    finally:
+        for d, attributes in loaders:
+            vars(d).clear()
+            vars(d).update(attributes)
+        set_random_state(state, self.dls.loaders)
     vocab = getattr(self.dls, 'vocab', None)
     return find_label_issues_of(labels, probs, vocab if vocab is not None and len(vocab) == probs.shape[1] else None, filter_by)
