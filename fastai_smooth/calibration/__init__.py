@@ -2,6 +2,7 @@
 from .eps_find import SuggestedEps
 from .interpretation import CalibrationInterpretation
 from .intervals import calibrated_error, calibration_test, intervals
+from . import label_issues # gives the Learner `find_label_issues`
 from .metrics import AUGRC, AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, DebiasedCE, SmoothECE
 from .predictions import Predictions, gather
 from .temperature import ScaledModel, TemperatureScaling, cross_fit, fit_temperature, nll_split
