@@ -5,9 +5,10 @@ import warnings
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two threads get in each other's way as soon as anything else runs
 os.environ.setdefault('MPLBACKEND', 'agg')
-warnings.simplefilter('ignore')
 
-from nbdev.test import test_nb  # noqa: E402
+with warnings.catch_warnings():  # only those of the import: a notebook may ask for its own
+    warnings.simplefilter('ignore')
+    from nbdev.test import test_nb
 
 FASTAI = 'fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'fastai_smooth.all'
 
