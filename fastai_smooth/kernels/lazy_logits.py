@@ -128,7 +128,7 @@ class LazyHead:
 
     def __call__(self, module, args):
         if not (self.active and module.training and torch.is_grad_enabled()): return None
-        features = args[0].as_subclass(Tensor).as_subclass(Features)
+        features = built(args[0]).as_subclass(Tensor).as_subclass(Features)
         features.head = self
         return features,*args[1:]
 
