@@ -13,6 +13,7 @@ pytestmark = pytest.mark.notebook
 TORCH_ONLY = '0', '1', '2', '3'  # notebooks of rooms that do without fastai, which changes how torch compares tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path):
     log = tmp_path/'log'
