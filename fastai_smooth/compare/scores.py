@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 
-from ..calibration import Predictions, cross_fit, fit_temperature
+from ..calibration import Predictions, calibrated_error, cross_fit, fit_temperature
 
 # %% ../../nbs/72_compare.scores.ipynb #145b0c79
 METRICS = 'accuracy nll ece brier aurc temperature nll_ts ece_ts brier_ts'.split()
@@ -40,12 +40,6 @@ def after_temperature(
     "Each example after a temperature that was fitted on the others"
     if items is not None: predictions.example = torch.as_tensor(items) # folds are cut by example
     return cross_fit(predictions)
-
-def ece_null(predictions, bins=15):
-    "The ECE that a calibrated model with these confidences would show"
-    p = predictions.p.max(1).values if not predictions.binary else predictions.p[~predictions.q.isnan()]
-    place = (p*bins).long().clamp(max=bins-1)
-    return float((2/torch.pi*torch.zeros(bins, dtype=torch.float64).index_add(0, place, p*(1-p))).sqrt().sum()/len(p))
 
 def chance_of(predictions:Predictions)->float:
     "The NLL of the frequencies of the labels"
@@ -82,7 +76,7 @@ def score_all(
     figures = {**predictions.figures(('accuracy', 'nll', 'ece', 'brier', 'aurc')), 'temperature': temperature}
     figures |= {f'{k}_ts': v for k, v in after.figures(('nll', 'ece', 'brier')).items()}
     ends = torch.cat([torch.as_tensor(t, dtype=torch.float64).reshape(-1) for t in folds])
-    figures |= dict(ece_null=ece_null(predictions), ece_null_ts=ece_null(after), nll_chance=chance_of(predictions),
+    figures |= dict(**{name: calibrated_error(p, ['ece'])['ece'] for name, p in (('ece_null', predictions), ('ece_null_ts', after))}, nll_chance=chance_of(predictions),
                     at_bound=float(((ends < .0101) | (ends > 99)).any()), untold=float(bool(said))) # T lies in [.01, 100]
     return figures,per_example(after, np.arange(len(logits)) if items is None else items)
 
