@@ -241,7 +241,7 @@ class _Batch(Callback):
 
 def plot_targets(comparison, n=5)->Figure|None:
     "What the loss sees of one batch: the input, what the mixer made of it, and the target after mixing and smoothing"
-    methods = [m for m in map(parse_method, comparison.methods) if not m.is_baseline and m.smoothing != 'zipf'] # zipf ranks predictions: there are none yet
+    methods = [m for m in map(parse_method, comparison.methods) if m.parts != ('ce',) and m.smoothing != 'zipf'] # zipf ranks predictions: there are none yet
     if not methods: return None
     method = max(methods, key=lambda m: (len(m.parts) > 1, m.smoothing == 'ls'))
     learn,before,after = comparison.learner(method.name, 0),_Batch(-200),_Batch(99)
