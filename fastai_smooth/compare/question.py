@@ -19,13 +19,12 @@ import torch
 
 from .methods import each_method, parse_method, tree_of
 from .verdict import count
-from ..data import NETWORKS, network_for, read_source, transition_matrix
-from ..run_folder import RunFolder
+from ..data import NETWORKS, batch_size_for, network_for, read_source, transition_matrix
+from ..run_folder import RunFolder, check_elsewhere
 
 # %% ../../nbs/76_compare.question.ipynb #d261de2b
 DEFAULT = ('ce', 'ls', 'mixup', 'mixup+ls')
 EPOCHS = {'digits': 12, 'mnist5k': 6, 'multi_digits': 12, 'digit_masks': 12, 'docstrings': 6} # and 10 of anything else
-RUNS = 'fastai_smooth_runs' # the folder of results by default, which readers of data leave out
 LEARNING_RATES = {'images': 3e-3, 'masks': 1e-2, 'texts': 5e-3, 'table': 5e-3}
 
 def parse_pairs(
@@ -59,7 +58,7 @@ class Arguments:
     arch:str|None=None # A network of `NETWORKS`, or a timm model for images, a torchvision model for masks. None: what suits the data
     weights:str|None=None # File with a state dict to start from
     pretrained:bool=False # Whether to start from timm's weights, which are downloaded once
-    bs:int=64 # Batch size
+    bs:int|None=None # Batch size. None: 64, or less where that makes fewer than eight batches
     size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, of files at most 128
     valid_pct:float=.2 # Share of the validation set, where the data don't say which it is
     delimiter:str|None=None # Between several labels in a CSV
@@ -79,6 +78,7 @@ class Arguments:
         self.eps,self.noise = strengths[0],rates[0]
         for m, eps, noise in itertools.product(self.methods or DEFAULT, strengths, rates): parse_method(m, eps, noise) # before images are read
         self._check_numbers()
+        if self.out is not None: check_elsewhere(self.out, self.data)
         self._read()
         self.methods = each_method(self.methods if self.methods is not None else DEFAULT if self.kind in ('images', 'masks') else DEFAULT[:2], strengths, rates)
         self._check_methods()
@@ -112,20 +112,22 @@ class Arguments:
         self.methods = tuple(m.name for m in self.methods)
         if not self.methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
         if len({m.key for m in self.method_of.values()}) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
+        methods,named = self.method_of.values(),','.join(self.methods)
+        if self.eps != .1 and not any(m.smoothing for m in methods): raise ValueError(f"--eps {self.eps:g} is for methods that smooth, and {named} does not.")
+        if self.confused and not any(m.noise for m in methods): raise ValueError(f"--pairs {self.pairs} is for label noise: say how much, as in --noise .2.")
+        if self.source.split is not None and self.valid_pct != .2:
+            raise ValueError(f"--valid-pct {self.valid_pct} is for data without a split, but {self.data} says which are for validation: leave it out.")
         if any('taxonomy' in m.parts for m in self.method_of.values()): tree_of(self.vocab)
 
     def _check_split(self):
-        "There is something to train on and something to score. Classes that are too rare to be scored are warned of"
+        "There is something to train on and something to score"
         n = len(self.vocab)
         train,valid = self._split(self.seed0)
         self.n_train,self.n_valid = len(train),len(valid)
         for rate in {m.noise for m in self.method_of.values() if self.confused}: transition_matrix(rate, n, 'asymmetric', self.confused)
         if self.n_valid < 4: raise ValueError(f"valid_pct={self.valid_pct} leaves {self.n_valid} validation {self.unit} for {n} classes: use a larger share.")
-        if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training {self.unit}.")
-        self.rare = []
-        if self.labels.ndim == 1:
-            least = np.min([np.bincount(self.labels[self._split(seed)[1]], minlength=n) for seed in self._seeds], 0)
-            self.rare = [str(self.vocab[k]) for k in np.flatnonzero(least < 2)]
+        if self.bs is None: self.bs = batch_size_for(self.n_train)
+        if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training {self.unit}: use a smaller --bs.")
 
     @property
     def _seeds(self): return range(self.seed0, self.seed0+self.seeds)
@@ -172,10 +174,7 @@ class Question(Arguments):
         return [self.data, *(a for k, v in options.items() if v is not None for a in (f"--{k.replace('_', '-')}", str(v))), *flags]
 
     def _check_out(self):
-        self.out,data = Path(self.out),Path(self.data)
-        inside = data.is_dir() and data.resolve() in self.out.resolve().parents
-        if inside and RUNS not in self.out.resolve().relative_to(data.resolve()).parts:
-            raise ValueError(f"{self.out} lies inside the data folder {data}, where its pictures would be read as images next time: name a folder elsewhere.")
+        self.out = Path(self.out)
         self._folder = RunFolder(self.out, self.config, self.resume)
 
     def describe(self)->str: # A line for each thing
@@ -184,16 +183,12 @@ class Question(Arguments):
         size = [f'{self.size} by {self.size} pixels'] if self.size and self.kind in ('images', 'masks') else []
         training = [self.arch, *size, count(self.epochs, 'epoch'), f'batches of {self.bs}', f'learning rate {self.lr:g}', count(self.seeds, 'seed')]
         smooths = any(m.smoothing and not m.own_eps for m in self.method_of.values())
-        lines = [f"{self.source.describe(self._split(self.seed0))}; each of these {self.unit} is scored once{pixels}", ', '.join(training),
+        lines = [self.source.describe(*map(self._split, self._seeds)), f"each validation example is scored once{pixels}", ', '.join(training),
                  f"methods: {', '.join(self.methods)}"+(f"; ε = {self.eps:g}" if smooths else '')]
         rates = sorted({m.noise for m in self.method_of.values()})
         if any(rates):
             of = ''
             if self.confused: of = f' of the classes in pairs, {np.isin(self.labels, list(self.confused)).mean()*max(rates):.1%} of all labels'
             lines.append(f"label noise, in training only: {', '.join(f'{r:g}' for r in rates)}{of}")
-        if self.rare:
-            names = ', '.join(self.rare[:5])+(', ...' if len(self.rare) > 5 else '')
-            lines.append(f"Warning: fewer than two validation {self.unit} in some split of {names}: what is said of these classes is worth little; "
-                         "about 10 to 20 examples of a class are needed.")
         if self.out is not None: lines.append(f"results: {self.out}")
         return '\n'.join(lines)

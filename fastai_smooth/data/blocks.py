@@ -20,7 +20,7 @@ from fastai.vision.data import MaskBlock
 from fasttransform import DisplayedTransform
 from PIL import Image
 
-from .files import LabelledData, image_data, read_source
+from .files import LabelledData, image_data, own_side, read_source
 from .images import open_image, pets_files
 from .loaders import line_dls, random_split
 from .masks import class_numbers, lines_of
@@ -31,6 +31,13 @@ def first_of(item):
     return item[0]
 
 def second_of(item): return item[1]
+
+def side_of(data, s):
+    "The side that images are resized to: as the settings say, or as the images are; then it is noted"
+    if s.get('size') is not None: return s['size']
+    side = data.images.shape[-1] if data.files is None else own_side(data.files)
+    data.notes = [*data.notes, f'resized to {side} by {side} pixels']
+    return side
 
 def FileBlock(): return TransformBlock(type_tfms=open_image, batch_tfms=IntToFloatTensor)
 
@@ -72,12 +79,13 @@ def labelled_dls(data, s, item_tfms, batch_tfms=(), dl_type=None):
 def image_dls(
     path, # Folder with a folder per class, CSV file, or one of `SOURCES`
     s:dict, # Settings of a recipe: delimiter, target, skip_broken, valid_pct, seed, bs, num_workers
-    item_tfms, # Of each image
+    item_tfms=None, # Of each image. None: resized to the size in the settings; if that is None, as they are, at most 128
     batch_tfms=(), # Of each batch
     dl_type=None, # Class of the data loaders
 )->DataLoaders:
     "Images with a class each or, from a CSV with a delimiter, with several"
-    return labelled_dls(source_of(path, s, 'images'), s, item_tfms, batch_tfms, dl_type)
+    data = source_of(path, s, 'images')
+    return labelled_dls(data, s, Resize(side_of(data, s)) if item_tfms is None else item_tfms, batch_tfms, dl_type)
 
 folder_dls = csv_dls = image_dls # one reader takes both
 
@@ -114,7 +122,7 @@ def mask_dls(
     data = source_of(path, s, 'masks')
     ignore,masks = data.ignore,data.masks
     if masks is None: ignore,masks = 255,[Image.fromarray(np.where(m < 0, 255, m).astype(np.uint8)) for m in data.labels]
-    dls = block_dls(data, s, MaskBlock(data.vocab), masks, MaskNumbers(data.as_one), Resize(s['size']),
+    dls = block_dls(data, s, MaskBlock(data.vocab), masks, MaskNumbers(data.as_one), Resize(side_of(data, s)),
                     [] if ignore is None else [IgnoreNumber(ignore)])
     dls.vocab = data.vocab
     return dls

@@ -9,7 +9,6 @@ __all__ = ['SOURCES', 'SIDE', 'LabelledData', 'ImageData', 'image_data', 'MaskDa
            'file_source', 'read_source']
 
 # %% ../../nbs/55_data.files.ipynb #39c07cd6
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,14 +28,19 @@ from .masks import check_masks, class_numbers, mask_files
 from .tables import read_table
 
 # %% ../../nbs/55_data.files.ipynb #42266121
-def warn_of_rare(labels, vocab, split, what):
-    "Warn of classes with fewer than two validation examples, by name"
-    total,valid = (labels[s].sum(0) if labels.ndim == 2 else np.bincount(labels[s], minlength=len(vocab)) for s in (slice(None), split[1]))
+def rare_classes(
+    labels, # (N,), or multi-hot (N, K)
+    vocab, # Class names
+    splits:list, # Item numbers of the training and of the validation set, of one split or several
+)->str: # A line, empty if there are none
+    "Say which classes have fewer than two validation examples in some split, by name"
+    def count(items): return labels[items].sum(0) if labels.ndim == 2 else np.bincount(labels[items], minlength=len(vocab))
+    total,valid = count(slice(None)),np.min([count(s[1]) for s in splits], 0)
     rare = np.flatnonzero(valid < 2)
-    if not len(rare): return
+    if not len(rare): return ''
     named = ', '.join(f'{vocab[k]!r} ({valid[k]} of {total[k]})' for k in rare[:5]) + (', ...' if len(rare) > 5 else '')
-    warnings.warn(f"{len(rare)} of {len(vocab)} classes have fewer than two validation examples among the {what}: {named}. They are trained on, but the "
-                  "figures say little about them; 10 to 20 examples per class are needed.")
+    return (f"{len(rare)} of {len(vocab)} classes have fewer than two validation examples{' in some split' if len(splits) > 1 else ''}: {named}. They are "
+            "trained on, but the figures say little about them; 10 to 20 examples per class are needed.")
 
 # %% ../../nbs/55_data.files.ipynb #24bcb792
 @dataclass
@@ -88,27 +92,27 @@ class LabelledData(ABC):
         valid_pct:float=.2, # Share of the validation set, in (0, 1), unless the data say which it is
         seed:int=42, # Seed of the split
     )->tuple: # Item numbers of the training and of the validation set
-        "The split that the data come with, otherwise one in which every class has its share. Classes that are too rare for that: a warning that names them"
+        "The split that the data come with, otherwise one in which every class has its share"
         if self.kind == 'masks': return self.split or random_split(len(self), valid_pct, seed)
-        try: split = self.split or (random_split(len(self), valid_pct, seed) if self.several else stratified_split(self.labels, valid_pct, seed))
+        try: return self.split or (random_split(len(self), valid_pct, seed) if self.several else stratified_split(self.labels, valid_pct, seed))
         except ValueError as e: raise ValueError(f"valid_pct={valid_pct} does not split the {len(self)} {self.unit} of {self.where}: {e}") from None
-        warn_of_rare(self.labels, self.vocab, split, f'{self.unit} of {self.where}')
-        return split
 
     def fingerprint(self)->str: # 16 hexadecimal digits
         "Tells these data from others"
         return joblib.hash((self.vocab, self.labels, self.split, self.inputs()))[:16]
 
     def describe(self,
-        splits:tuple|None=None # Item numbers of the training and of the validation set, if they are known
+        *splits:tuple # Item numbers of the training and of the validation set, if they are known; of one split or several
     )->str: # A line for each thing
         "What was understood of the data, before anything is done with them"
         names = ', '.join(map(str, self.vocab[:6])) + (', ...' if len(self.vocab) > 6 else '')
         several = ', several per example' if self.several else ''
         lines = [f"{self.where}: {len(self)} {self.unit}, {len(self.vocab)} classes{several}: {names}", *self.notes]
-        if splits is not None:
+        if splits:
             how = 'as the data say' if self.split is not None else 'drawn'
-            lines.append(f"{len(splits[0])} for training, {len(splits[1])} for validation ({how})")
+            lines.append(f"{len(splits[0][0])} for training, {len(splits[0][1])} for validation ({how})")
+            rare = '' if self.kind == 'masks' else rare_classes(self.labels, self.vocab, splits)
+            if rare: lines.append(f'Warning: {rare}')
         return '\n'.join(lines)
 
 # %% ../../nbs/55_data.files.ipynb #1be89130

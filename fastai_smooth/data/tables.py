@@ -68,7 +68,8 @@ def cell_labels(
     path, # Where they are from
 )->tuple: # Labels (N,) or (N, K), class names
     "The labels of a table. One class only: ValueError"
-    if delimiter is None: check_delimiter([v for v in cells if isinstance(v, str)], path)
+    filled = [v for v in cells if isinstance(v, str)]
+    if delimiter is None or delimiter and not any(delimiter in v for v in filled): check_delimiter(filled, path)
     cut = lambda v: [t.strip() for t in v.split(delimiter) if t.strip()] if isinstance(v, str) else []
     labels = [cut(v) for v in cells] if delimiter else [[v.strip()] for v in cells]
     vocab = sorted({t for ts in labels for t in ts})

@@ -147,7 +147,7 @@ def imagenet_train(learn, s):
     learn.fit(s['epochs'], s['lr'], cbs=ParamScheduler({'lr': warm_cosine(s['lr'], s['warmup_epochs'], s['epochs'], s['first_lr'], s['last_lr'])}))
 
 # %% ../../nbs/81_train.builders.ipynb #9f967f87
-def multilabel_dls(path, s): return multi_digits(s['bs'], seed=s['seed']) if path is None else image_dls(path, s, Resize(s['size']))
+def multilabel_dls(path, s): return multi_digits(s['bs'], seed=s['seed']) if path is None else image_dls(path, s)
 
 def multilabel_learner(dls, s):
     loss,right = labels_of(dls)

@@ -55,13 +55,13 @@ for _name, _numbers in dict(a1=_a(600, .1, .2, 5e-3, .01, 7, 3, .05, 224), a2=_a
 
 # %% ../../nbs/82_train.recipes.ipynb #cc9e48d7
 _named('multilabel', 'several labels per image: binary smoothing; the digits of a canvas, or your own images from a CSV',
-    dict(SMALL, arch=('convnet', OWN), pretrained=(False, OWN), weights=FROM_A_FILE, size=(128, 'of your own images'), epochs=(12, OWN), lr=(5e-3, OWN),
+    dict(SMALL, arch=('convnet', OWN), pretrained=(False, OWN), weights=FROM_A_FILE, size=(None, 'of your own images; None: as they are, at most 128'), epochs=(12, OWN), lr=(5e-3, OWN),
          bs=(64, FASTAI), **COMMON, **{**IN_A_CSV, 'delimiter': (' ', 'between several labels in a CSV')}), 'multilabel_dls', 'multilabel_learner')
 
 _named('segmentation', 'a class per pixel: smoothing at the borders, boxes pasted into image and mask; the digits of a canvas, or your own masks',
     dict(SMALL, eps=(.3, OWN), kernel_size=(3, 'Islam & Glocker 2021, https://arxiv.org/abs/2104.05788'), sigma=(1., 'Islam & Glocker 2021'),
          arch=('segmenter', 'or a torchvision model, as the body of a U-Net'), pretrained=(False, OWN), weights=FROM_A_FILE,
-         size=(128, 'of your own images'), ignore=(None, 'number in the masks of pixels to be ignored'), epochs=(12, OWN), lr=(1e-2, OWN), bs=(32, OWN),
+         size=(None, 'of your own images; None: as they are, at most 128'), ignore=(None, 'number in the masks of pixels to be ignored'), epochs=(12, OWN), lr=(1e-2, OWN), bs=(32, OWN),
          **COMMON), 'segmentation_dls', 'segmentation_learner')
 
 _named('text', "classes of texts, or several per text: of which package is a docstring? Or your own texts from a CSV",

@@ -21,7 +21,7 @@ from fastai.torch_core import set_seed
 from fastcore.foundation import L
 
 from ..calibration import gather
-from ..run_folder import RunFolder, read_config, write_text
+from ..run_folder import RunFolder, check_elsewhere, read_config, write_text
 from .checkpoints import Checkpoints
 from .exported import calibrated, figures_of, write_learner
 from .page import plot_both, write_training_report
@@ -78,7 +78,9 @@ class _Training:
 
     def read(self):
         "Data and learner; a folder that cannot be used is refused before"
-        if not self.team.rank: self.folder = RunFolder(self.out, self.config, self.resume)
+        if not self.team.rank:
+            if self.data is not None: check_elsewhere(self.out, self.data)
+            self.folder = RunFolder(self.out, self.config, self.resume)
         set_seed(self.settings.get('seed', 42), reproducible=True)
         self.learn = self.recipe.learner(self.recipe.dls(self.data, **self.changes), **self.changes)
 
