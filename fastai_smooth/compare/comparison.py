@@ -38,6 +38,7 @@ from .scores import METRICS, loss_of, predictions_of, score_all
 from .verdict import Evidence, differences, mean_ci, verdict
 from ..data import corrupt_labels
 from ..run_folder import atomic, read_config, write_text
+from ..time_estimate import TimeEstimate
 
 # %% ../../nbs/77_compare.comparison.ipynb #b2875a8c
 PIXELS = 100_000 # of a validation set of masks that are scored, drawn alike from every image
@@ -81,9 +82,10 @@ class Trainings(Question):
     def train(self,
         method:str, # See `learner`
         seed:int, # See `learner`
+        cbs=(), # More callbacks
     )->dict: # Logits, labels and item numbers of the validation set, and the losses by epoch
         "Train one method with one seed"
-        learn = self.learner(method, seed)
+        learn = self.learner(method, seed).add_cbs(cbs)
         items = np.asarray(self._split(seed)[1])
         with learn.no_logging():
             learn.fit_one_cycle(self.epochs, self.lr)
@@ -117,7 +119,7 @@ def _here(settings, threads, fingerprint):
     if trainings.fingerprint != fingerprint: raise ValueError(f"{trainings.data} has changed since the comparison was started.")
     return trainings
 
-def _train_here(comparison, method, seed): return _here(*comparison).train(method, seed)
+def _train_here(comparison, *run): return _here(*comparison).train(*run)
 
 # %% ../../nbs/77_compare.comparison.ipynb #4ab942d3
 @dataclass
@@ -137,7 +139,7 @@ class Comparison(Trainings):
             vars(self).pop('_together', None) # what pictures have kept of an earlier run
             runs = [(m, s) for s in self._seeds for m in self.methods]
             bar = progress_bar(range(len(runs))) if progress else range(len(runs))
-            for (method, seed), res, _ in zip(runs, self._results(runs), bar):
+            for (method, seed), res, _ in zip(runs, self._results(runs, progress), bar):
                 if progress: bar.comment = f'{method}, seed {seed}'
                 self.predictions[method,seed] = res
                 figures,self.examples[method,seed] = score_all(**res)
@@ -153,15 +155,16 @@ class Comparison(Trainings):
         "How many seeds the earlier verdicts on these runs had"
         return [] if self.out is None else [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
 
-    def _results(self, runs):
+    def _results(self, runs, progress=False):
         "The results of all runs, in order: those that are there already, and the others as they are done"
+        missing = [run for run in runs if self._stored(*run) is None]
+        cbs = {missing[0]: TimeEstimate(len(missing)/self.jobs)} if progress and missing else {} # the first run says how long all take
         if self.jobs == 1:
-            for run in runs: yield self._stored(*run) or self._keep(self.train(*run), *run)
+            for run in runs: yield self._keep(self.train(*run, cbs.get(run, ())), *run) if run in missing else self._stored(*run)
             return
         settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'jobs'))
-        missing = [run for run in runs if self._stored(*run) is None]
         task = joblib.delayed(_train_here)
-        trained = joblib.Parallel(self.jobs, return_as='generator')(task((settings, self.threads, self.fingerprint), *run) for run in missing)
+        trained = joblib.Parallel(self.jobs, return_as='generator')(task((settings, self.threads, self.fingerprint), *run, cbs.get(run, ())) for run in missing)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind

@@ -20,7 +20,7 @@ from fastai.vision.data import MaskBlock
 from fasttransform import DisplayedTransform
 from PIL import Image
 
-from .files import LabelledData, image_data, own_side, read_source
+from .files import LabelledData, find_source, image_data, own_side
 from .images import open_image, pets_files
 from .loaders import line_dls, random_split
 from .masks import class_numbers, lines_of
@@ -47,9 +47,9 @@ def source_of(path, s, kind):
                 texts='a CSV with the columns text and label', table='a CSV with a column label')[kind]
     if path is None: raise ValueError(f"This recipe has no data of its own: pass {what}.")
     csv = Path(path).is_file()
-    data = read_source(path, None, s.get('delimiter') if csv else None, s.get('ignore'), s.get('target') if csv else None, s.get('skip_broken', False), False)
+    data = find_source(path, s.get('delimiter') if csv else None, s.get('ignore'), s.get('target') if csv else None, s.get('skip_broken', False))
     if data.kind != kind: raise ValueError(f"This recipe is for {kind}, but {path} holds {data.unit if data.kind != 'masks' else 'masks'}: pass {what}.")
-    return data
+    return data if getattr(data, 'files', None) is None else data.checked(skip_broken=s.get('skip_broken', False))
 
 def finished(dls, data:LabelledData, split, s):
     "DataLoaders that can train, with what was understood of the data as `.described`. Less than a batch: ValueError"

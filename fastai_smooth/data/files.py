@@ -6,7 +6,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.files.html.md"""
 
 # %% auto #0
 __all__ = ['SOURCES', 'SIDE', 'LabelledData', 'ImageData', 'image_data', 'MaskData', 'TextData', 'TableData', 'embedded_source',
-           'file_source', 'read_source']
+           'file_source', 'find_source', 'read_source']
 
 # %% ../../nbs/55_data.files.ipynb #39c07cd6
 from abc import ABC, abstractmethod
@@ -339,6 +339,21 @@ def own_side(
     return min(max(int(np.median(sides)), 8), SIDE) if sides else SIDE
 
 # %% ../../nbs/55_data.files.ipynb #b041d824
+def find_source(
+    data, # See `read_source`
+    delimiter:str|None=None, # Between several labels in a CSV
+    ignore:int|None=None, # Number in the masks of pixels to be ignored
+    target:str|None=None, # Column of the labels of a CSV. None: the one that is called `label`
+    skip_broken:bool=False, # Leave out rows without an item or a label, and missing files
+)->LabelledData: # Images are still in their files, untried
+    "Find out what data are. What is unknown or missing: ValueError that names it"
+    if str(data) not in SOURCES and not Path(data).exists():
+        raise ValueError(f"Unknown data set {str(data)!r}: use one of {', '.join(SOURCES)}, a folder of class folders, or a CSV of files and labels.")
+    if str(data) == 'pets': res = image_data('pets', *pets_files())
+    else: res = embedded_source(str(data)) if str(data) in SOURCES else file_source(data, delimiter, ignore, target, skip_broken)
+    check_options(res, data, delimiter, ignore, target)
+    return res
+
 def read_source(
     data, # One of `SOURCES`, a folder of class folders, one of images and masks with `codes.txt`, or a CSV of files, texts or rows with labels
     size:int|None=None, # Side of the square that images are cut and resized to. None: as they are, at most 128
@@ -350,10 +365,6 @@ def read_source(
     progress:bool=True, # Show progress bars
 )->LabelledData:
     "Read data. What is unknown, missing or damaged: ValueError that names it"
-    if str(data) not in SOURCES and not Path(data).exists():
-        raise ValueError(f"Unknown data set {str(data)!r}: use one of {', '.join(SOURCES)}, a folder of class folders, or a CSV of files and labels.")
-    if str(data) == 'pets': res = image_data('pets', *pets_files())
-    else: res = embedded_source(str(data)) if str(data) in SOURCES else file_source(data, delimiter, ignore, target, skip_broken)
-    check_options(res, data, delimiter, ignore, target)
+    res = find_source(data, delimiter, ignore, target, skip_broken)
     if getattr(res, 'files', None) is None: return res
     return res.load(size or own_side(res.files), progress, skip_broken) if load else res.checked(progress, skip_broken)

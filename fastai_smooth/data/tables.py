@@ -52,10 +52,11 @@ COLUMNS = {'file': ('file', 'filename', 'image', 'fname', 'path'), 'text': ('tex
 def check_delimiter(
     values, # Cells with labels
     path, # Where they are from
+    marks:str=';|, ', # What may stand between labels
 ):
     "Cells that look like several labels: ValueError that asks for the delimiter"
     kinds = sorted({v.strip() for v in values})
-    for mark in ';|, ':
+    for mark in marks:
         joined,parts = [v for v in kinds if mark in v],[p.strip() for v in kinds for p in v.split(mark)]
         if joined and len({*parts}) < (len(kinds) if mark == ' ' else len(parts)): # parts come again, in other company or alone
             raise ValueError(f"The labels of {path} look like several per row ({joined[0]!r}): pass --delimiter {mark!r} (delimiter={mark!r}), "
@@ -70,6 +71,7 @@ def cell_labels(
     "The labels of a table. One class only: ValueError"
     filled = [v for v in cells if isinstance(v, str)]
     if delimiter is None or delimiter and not any(delimiter in v for v in filled): check_delimiter(filled, path)
+    if delimiter == ' ': check_delimiter(filled, path, ';|,') # the names themselves may have spaces
     cut = lambda v: [t.strip() for t in v.split(delimiter) if t.strip()] if isinstance(v, str) else []
     labels = [cut(v) for v in cells] if delimiter else [[v.strip()] for v in cells]
     vocab = sorted({t for ts in labels for t in ts})
