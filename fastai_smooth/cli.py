@@ -82,14 +82,14 @@ def add_options(parser, command):
     default = lambda v: v if parser.argument_default is None else parser.argument_default
     for k, p in docments(command, full=True, returns=False).items():
         if p.kind is inspect.Parameter.VAR_KEYWORD: continue
-        needed,kind = p.default is inspect.Parameter.empty,p.anno
+        needed,kind,flag = p.default is inspect.Parameter.empty,p.anno,f"--{k.replace('_', '-')}"
         shown = dict(help=p.docment+('' if needed or p.default in (None, False, ()) else f' (default: {p.default})'))
-        if needed and p.kind is inspect.Parameter.KEYWORD_ONLY: parser.add_argument(f"--{k.replace('_', '-')}", required=True, type=kind, metavar=SHOWN[kind], **shown)
+        if needed and p.kind is inspect.Parameter.KEYWORD_ONLY: parser.add_argument(flag, required=True, type=kind, metavar=SHOWN[kind], **shown)
         elif p.kind is not inspect.Parameter.KEYWORD_ONLY:
             parser.add_argument(k, nargs=None if needed else '?', default=None if needed else default(p.default), metavar=k.upper(), **shown)
-        elif kind is bool: parser.add_argument(f"--{k.replace('_', '-')}", action='store_true', default=default(False), **shown)
-        elif kind is setting: parser.add_argument(f"--{k.replace('_', '-')}", action='append', default=default(None), type=kind, metavar=SHOWN[kind], **shown)
-        else: parser.add_argument(f"--{k.replace('_', '-')}", type=kind, default=default(p.default), metavar=SHOWN[kind], **shown)
+        elif kind is bool: parser.add_argument(flag, action='store_true', default=default(False), **shown)
+        elif kind is setting: parser.add_argument(flag, action='append', default=default(None), type=kind, metavar=SHOWN[kind], **shown)
+        else: parser.add_argument(flag, type=kind, default=default(p.default), metavar=SHOWN[kind], **shown)
 
 def add_settings(parser):
     "The settings of all recipes as arguments"

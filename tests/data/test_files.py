@@ -60,7 +60,8 @@ def test_options_that_would_be_ignored_are_refused(options, words, tmp_path):
 def test_what_was_understood(tmp_path):
     write_digits(tmp_path/'photos', 80, split=True)
     data = read_source(tmp_path/'photos', progress=False)
-    assert data.describe(data.split).splitlines()[:3] == [f'{tmp_path}/photos: 80 images, 10 classes: round/0, round/3, round/6, round/8, round/9, straight/1, ...',
+    assert data.describe(data.split).splitlines()[:3] == [
+        f'{tmp_path}/photos: 80 images, 10 classes: round/0, round/3, round/6, round/8, round/9, straight/1, ...',
                                                       'read at 16 by 16 pixels', '60 for training, 20 for validation (as the data say)']
     rows = [(f'photos/{f.relative_to(tmp_path/"photos")}', 'a;b' if i % 2 else 'b') for i, f in enumerate(data.files)]
     pd.DataFrame(rows, columns=['file', 'tags']).to_csv(tmp_path/'t.csv')
@@ -79,7 +80,7 @@ def test_rare_classes_are_named(tmp_path):
     train, valid = data.splits(.2, 3)
     for more, said in ([], 'examples: '), ([data.splits(.2, 4)], 'in some split: '):
         line = data.describe((train, valid), *more).splitlines()[-1]
-        assert line.startswith(f"Warning: 2 of 3 classes have fewer than two validation") and f"{said}'few' (1 of 4), 'one' (0 of 1)" in line and '10 to 20' in line
+        assert line.startswith("Warning: 2 of 3 classes have fewer than two") and f"{said}'few' (1 of 4), 'one' (0 of 1)" in line and '10 to 20' in line
     assert data.vocab.index('one') in data.labels[train] and len(train)+len(valid) == 35
     digits = read_source('digits')
     assert 'Warning' not in digits.describe(digits.splits())
