@@ -108,7 +108,7 @@ a folder with a folder of images per class, perhaps below train and valid; a fol
 and their labels."""
 
 EMBEDDED = 'digits', 'mnist5k', 'multi_digits', 'digit_masks', 'docstrings', 'breast_cancer', 'wine', 'iris', 'pets'
-PARTS = 'ce', 'ls', 'prior', 'similarity', 'taxonomy', 'ols', 'zipf', 'spatial', 'mixup', 'cutmix'
+PARTS = 'ce', 'votes', 'dirichlet', 'ls', 'prior', 'similarity', 'taxonomy', 'ols', 'zipf', 'spatial', 'mixup', 'cutmix'
 
 def new_folder(name): return Path(RUNS)/f'{name}-{datetime.now():%Y%m%d-%H%M%S}'
 
@@ -166,6 +166,8 @@ def compare(
     ignore:int=None, # Number in the masks of pixels to ignore, such as 255
     delimiter:str=None, # Between several labels in a CSV
     target:str=None, # Column of the labels in a CSV (default: label)
+    votes:str=None, # Between the votes in the column of labels of a CSV, such as ';'
+    labels:names=None, # Columns of a CSV with counts or probabilities of the classes
     skip_broken:bool=False, # Leave out files and rows that cannot be read
     valid_pct:float=.2, # Share of the validation set, where the data don't say which it is
     jobs:int=1, # How many runs at a time

@@ -71,13 +71,21 @@ class Trainings(Question):
         "The learner of one run"
         set_seed(seed, reproducible=True)
         train,valid = self._split(seed)
-        labels,method = self.labels.copy(),self.method_of.get(method) or parse_method(method, self.eps, self.noise)
+        method = self.method_of.get(method) or parse_method(method, self.eps, self.noise)
+        labels = self._shares(method, train) if self.voted else self.source.labels.copy()
         kind = 'asymmetric' if self.confused else 'symmetric'
         if method.noise: labels[train] = corrupt_labels(labels[train], method.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
         dls = self.source.dls(labels, (train, valid), self.bs, self.size)
         model = self._network()
-        learn = Learner(dls, model, loss_func=loss_of(labels), cbs=method.callbacks(dls, self.kind, self.vocab))
+        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=method.callbacks(dls, self.kind, self.vocab))
         return learn.remove_cbs(ProgressCallback)
+
+    def _shares(self, method, train):
+        "Votes as targets: those of validation as they are, in training the majority label, the votes, or these and some in advance"
+        shares = self.source.shares()
+        if 'votes' in method.parts: shares[train] = self.source.shares(method.eps if 'dirichlet' in method.parts else 0.)[train]
+        else: shares[train] = np.eye(len(self.vocab))[self.source.labels[train]]
+        return shares
 
     def train(self,
         method:str, # See `learner`
@@ -93,10 +101,10 @@ class Trainings(Question):
             shown = {}
             if self.kind == 'masks': logits,labels,items,shown = pixels_of(learn, items, seed, set(items[:SHOWN].tolist()))
             else: logits,labels = (t.numpy() for t in learn.get_preds(act=torch.nn.Identity()))
-        if self.labels.ndim == 1: labels = labels.reshape(-1) # of a table (N, 1)
+        if self.source.labels.ndim == 1 and not self.voted: labels = labels.reshape(-1) # of a table (N, 1)
         if not np.isfinite(logits).all():
             raise ValueError(f"{method} with seed {seed} has come to predictions that are no numbers (nan): try a lower --lr than {self.lr:g}.")
-        res = dict(logits=logits, labels=labels, items=items, losses=losses)
+        res = dict(logits=logits, labels=labels, items=items, losses=losses, **(dict(shares=np.array(True)) if self.voted else {}))
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
 # %% ../../nbs/77_compare.comparison.ipynb #f9401358
@@ -212,7 +220,7 @@ class Comparison(Trainings):
         labels, # (N,), or multi-hot (N, K)
     ): # `Predictions`
         "Logits and labels as something to score"
-        return predictions_of(logits, labels)
+        return predictions_of(logits, labels, self.voted)
 
     def best_method(self)->str:
         "The method with the lowest negative log-likelihood after temperature"

@@ -24,6 +24,7 @@ from .files import LabelledData, find_source, image_data, own_side
 from .images import open_image, pets_files
 from .loaders import line_dls, random_split
 from .masks import class_numbers, lines_of
+from .soft_labels import SoftCategoryBlock
 
 # %% ../../nbs/56_data.blocks.ipynb #02deab0a
 def first_of(item):
@@ -46,8 +47,8 @@ def source_of(path, s, kind):
     what = dict(images='a folder with a folder of images per class, or a CSV of files and labels', masks='a folder of images, labels and codes.txt',
                 texts='a CSV with the columns text and label', table='a CSV with a column label')[kind]
     if path is None: raise ValueError(f"This recipe has no data of its own: pass {what}.")
-    csv = Path(path).is_file()
-    data = find_source(path, s.get('delimiter') if csv else None, s.get('ignore'), s.get('target') if csv else None, s.get('skip_broken', False))
+    in_csv = {k: s.get(k) for k in ('delimiter', 'target', 'votes', 'labels') if Path(path).is_file()}
+    data = find_source(path, ignore=s.get('ignore'), skip_broken=s.get('skip_broken', False), **in_csv)
     if data.kind != kind: raise ValueError(f"This recipe is for {kind}, but {path} holds {data.unit if data.kind != 'masks' else 'masks'}: pass {what}.")
     return data if getattr(data, 'files', None) is None else data.checked(skip_broken=s.get('skip_broken', False))
 
@@ -69,8 +70,9 @@ def block_dls(data, s, y_block, targets, get_y, item_tfms, batch_tfms, dl_type=N
 
 # %% ../../nbs/56_data.blocks.ipynb #779f5f31
 def labelled_dls(data, s, item_tfms, batch_tfms=(), dl_type=None):
-    "DataLoaders of images and their labels"
+    "DataLoaders of images and their labels, or votes"
     vocab = data.vocab
+    if data.votes is not None: return block_dls(data, s, SoftCategoryBlock(vocab), list(data.shares()), second_of, item_tfms, batch_tfms, dl_type)
     names = [[vocab[k] for k in np.flatnonzero(row)] if data.several else vocab[row] for row in data.labels]
     return block_dls(data, s, MultiCategoryBlock(vocab=vocab) if data.several else CategoryBlock(vocab=vocab, sort=False), names, second_of,
                      item_tfms, batch_tfms, dl_type)
@@ -136,7 +138,7 @@ def texts_dls(
     data = source_of(path, s, 'texts')
     split = data.splits(s['valid_pct'], s['seed'])
     data.tokenizer.length = s.get('length', data.length)
-    return finished(data.dls(data.labels, split, s['bs']), data, split, s)
+    return finished(data.dls(data.labels if data.votes is None else data.shares(), split, s['bs']), data, split, s)
 
 def lines_dls(
     path, # Text file with a text per line

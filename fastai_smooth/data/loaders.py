@@ -29,6 +29,8 @@ from fastai.vision.core import AddMaskCodes
 from fastcore.basics import compose
 from sklearn.model_selection import train_test_split
 
+from .soft_labels import SoftCategorize
+
 # %% ../../nbs/50_data.loaders.ipynb #24cc8e35
 def check_share(
     valid_pct:float # Share of the validation set
@@ -87,6 +89,10 @@ def seeded(
     finally: random.setstate(random_state)
 
 # %% ../../nbs/50_data.loaders.ipynb #4aab4b15
+def are_shares(labels):
+    "Whether labels are distributions over the classes (N, K); several labels per example are true or false"
+    return labels.ndim == 2 and labels.dtype.kind == 'f'
+
 class ItemImage:
     "Item number to image"
     def __init__(self, images): self.images = images
@@ -108,8 +114,9 @@ class ItemMask:
     def __call__(self, i): return TensorMask(self.masks[i])
 
 def target_tfms(labels, vocab):
-    "Item number to target: a class, several, or one per pixel"
+    "Item number to target: a class, several, a distribution, or a class per pixel"
     labels,vocab = np.asarray(labels),list(vocab)
+    if are_shares(labels): return [labels.__getitem__, SoftCategorize(vocab)]
     if labels.ndim == 3: return [ItemMask(torch.as_tensor(labels)), AddMaskCodes(vocab)]
     if labels.ndim == 2: return [ItemLabels(labels, vocab), MultiCategorize(vocab=vocab), OneHotEncode()]
     return [ItemLabel(labels.tolist(), vocab), Categorize(vocab=vocab, sort=False)]
@@ -119,7 +126,7 @@ def numbers_of(splits): return [[int(i) for i in s] for s in splits]
 # %% ../../nbs/50_data.loaders.ipynb #e4334954
 def array_dls(
     images, # Greyscale images (N, H, W) or images (N, C, H, W), uint8
-    labels, # Class indices (N,), multi-hot labels (N, K), or masks (N, H, W), -100 where a pixel is ignored
+    labels, # Class indices (N,), multi-hot labels (N, K), bool, distributions (N, K), float, or masks (N, H, W), -100 where a pixel is ignored
     vocab, # Class names, in the order of the indices
     splits, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size
@@ -176,7 +183,7 @@ class TextOf:
 # %% ../../nbs/50_data.loaders.ipynb #db35cd70
 def text_dls(
     texts:list, # Strings
-    labels, # Class indices (N,), or multi-hot labels (N, K)
+    labels, # Class indices (N,), multi-hot labels (N, K), bool, or distributions (N, K), float
     vocab, # Class names
     splits, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size
@@ -185,9 +192,10 @@ def text_dls(
 )->DataLoaders: # Batches of token numbers (bs, tokens), longest first, and labels. `.vocab` has two parts: tokens, of the training texts alone, and classes
     "Texts in memory as fastai's text classifiers read them"
     splits,vocab,tokenizer = numbers_of(splits),list(vocab),tokenizer or CachedTokenizer(length)
-    several = np.ndim(labels) == 2
-    names = [[vocab[k] for k in np.flatnonzero(row)] for row in labels] if several else [vocab[k] for k in labels]
-    target = [MultiCategorize(vocab=vocab), OneHotEncode()] if several else [Categorize(vocab=vocab, sort=False)]
+    labels = np.asarray(labels)
+    several,shares = labels.ndim == 2,are_shares(labels)
+    names = list(labels) if shares else [[vocab[k] for k in np.flatnonzero(row)] for row in labels] if several else [vocab[k] for k in labels]
+    target = [SoftCategorize(vocab)] if shares else [MultiCategorize(vocab=vocab), OneHotEncode()] if several else [Categorize(vocab=vocab, sort=False)]
     words = text_vocab(tokenizer.cut([texts[i] for i in splits[0]]))
     tfms = [[TextOf(), tokenizer, Numericalize(words)], [TextLabels(), *target]]
     dsets = Datasets([[t, n] for t, n in zip(texts, names)], tfms, splits=splits, dl_type=SortedDL)

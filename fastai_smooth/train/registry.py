@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 
 # %% ../../nbs/80_train.registry.ipynb #06592654
 POSITIVE = 'epochs bs size presize test_size lr length'.split()
-IN_A_CSV = 'delimiter', 'target' # say how to read a CSV
+IN_A_CSV = 'delimiter', 'target', 'votes', 'labels' # say how to read a CSV
 YOURS = *IN_A_CSV, 'ignore', 'skip_broken' # and other data of one's own
 
 def checked(
