@@ -57,7 +57,7 @@ class LabelSmoothingBCE(SmoothingLoss):
             y = torch.where(y.isnan(), y, (off+(on-off)*y > self.target_threshold).to(y.dtype))
             off,on = 0.,1.
         reduction = self.reduction if not self.sum_classes or self.reduction != 'mean' else 'classes'
-        loss = binary_cross_entropy(logits, y, self.weight, self.pos_weight, reduction, off, on, axis)
+        loss = binary_cross_entropy(logits, y, self._buffers['weight'], self._buffers['pos_weight'], reduction, off, on, axis)
         return loss.sum(axis) if self.sum_classes and reduction == 'none' and loss.ndim else loss
 
     def activation(self,

@@ -120,9 +120,9 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy. Shapes or labels that do not fit: ValueError"
         axis = check_axis(pred, self.axis)
-        args = (axis, self.weight, self.weight_by, self.ignore_index, self.reduction)
+        args = (axis, self._buffers['weight'], self.weight_by, self.ignore_index, self.reduction)
         if self.dist is None:
-            eps = uniform_eps(self.eps, self.convention, pred.shape[axis])
+            eps = self.eps if self.convention == 'uniform' else uniform_eps(self.eps, self.convention, pred.shape[axis])
             if self.fast: return cross_entropy(pred, target, eps, *args)
             logits = without_ignored(in_single_precision(pred), target, axis, self.ignore_index)
             return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args)
