@@ -26,7 +26,7 @@ from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_l
 from ..distributions import Distribution, check_distribution
 from ..kernels import check_reported_labels
 from ..losses import MultiTargetLoss, SmoothingLoss, loss_settings
-from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_eps, is_mixed
+from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_eps, is_mixed, read_eps
 
 # %% ../../nbs/44_callback.smoothing.ipynb #d2e85d7b
 class SmoothingSettings(TrainingPassCallback):
@@ -54,7 +54,7 @@ class SmoothingSettings(TrainingPassCallback):
 
     def _check(self, target):
         eps,dist,convention = (self.setting(n, target) for n in ('eps', 'dist', 'convention'))
-        if not callable(eps): check_eps(eps, self.negative)
+        if not callable(eps): read_eps(eps, self.negative)
         if convention is not None: check_choice(convention, {*SOFTMAX_CONVENTIONS, *BINARY_CONVENTIONS}, 'convention')
         if dist is not None and not isinstance(dist, nn.Module): raise TypeError(f"dist must be a distribution such as Uniform(), but is {dist!r}.")
         check_distribution(dist, convention or 'uniform')
@@ -332,6 +332,7 @@ class LabelSmoothing(SmoothingPass):
             put_back_loss(learn, self._before)
             self.put_back()
             self._pass = None
+            self.log = [float(eps) for eps in self.log]
             if self.log: show_strengths(learn, self.log)
             forget_targets(learn)
 
@@ -363,7 +364,7 @@ class LabelSmoothing(SmoothingPass):
             scheduled = next((t for t in self.targets if callable(self.setting('eps', t))), None)
             if scheduled is not None:
                 eps = self.current_eps(scheduled)
-                self.log.append(eps.mean().item() if isinstance(eps, Tensor) else eps)
+                self.log.append(eps.mean() if isinstance(eps, Tensor) else eps)
             loss.teach(self.learn.pred)
         self.put_back()
 

@@ -91,7 +91,7 @@ def cross_entropy(
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
     if simple and are_few(logits, target, axis) and path_of(logits, target, None, True) == 'cpu' and all_classes(target, logits.shape[1], ignore_index):
         return cpu_cross_entropy_of_few(logits, target, eps, reduction == 'mean', formula)
-    on_gpu = logits.is_cuda and gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
+    on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
     if not on_gpu:
         logits = in_single_precision(logits)
         index, coefficient, ignored = entries(logits, target, axis, ignore_index)
@@ -154,7 +154,7 @@ def binary_entries(
     axis:int, # Class dimension
 )->tuple: # Logits and target for `binary_cross_entropy`, and whether the target was given as indices
     "Logits and target as they are where the kernels of a GPU take them, else in single precision and dense. A shape that does not fit: ValueError"
-    if logits.is_cuda and isinstance(target, Tensor) and logits.ndim and gpu_takes_binary(logits, target, None, None, 'mean', 0., 1., axis % logits.ndim):
+    if isinstance(target, Tensor) and logits.ndim and gpu_takes_binary(logits, target, None, None, 'mean', 0., 1., axis % logits.ndim):
         y = as_entries(base_tensor(target), logits.shape, axis % logits.ndim)
         return base_tensor(logits), y, y.ndim < logits.ndim
     logits = in_single_precision(logits)
@@ -171,10 +171,11 @@ def binary_cross_entropy(
     axis:int=-1, # Class dimension, for 'classes'
 )->Tensor: # Loss
     "Binary cross entropy of the known entries of the smoothed target, by the path that suits"
-    if logits.is_cuda:
-        request = target, weight, pos_weight, reduction, off, on, axis % max(logits.ndim, 1)
-        if logits.ndim and gpu_takes_binary(logits, *request): return gpu_binary_cross_entropy(logits, *request)
-        logits = in_single_precision(logits) # with weights that are not for the kernels
+    if logits.ndim:
+        request = target, weight, pos_weight, reduction, off, on, axis % logits.ndim
+        if gpu_takes_binary(logits, *request): return gpu_binary_cross_entropy(logits, *request)
+    if logits.is_cuda: # with weights that are not for the kernels
+        logits = in_single_precision(logits)
         target, _ = binary_target(logits, target, axis)
     formula = lambda z: binary_cross_entropy_of_logits(z, target, weight, pos_weight, reduction, off, on, axis)
     simple = weight is None and pos_weight is None and reduction in ('mean', 'sum', 'classes') and not isinstance(off, Tensor) and not isinstance(on, Tensor)
