@@ -23,6 +23,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import fit_one_cycle # noqa: F401  (gives the Learner this method)
 from fastai.learner import Learner
@@ -34,7 +35,7 @@ from .methods import parse_method
 from .page import write_report
 from .pictures import plot_reliability, png_of
 from .question import Question
-from .scores import METRICS, loss_of, predictions_of, score_all
+from .scores import METRICS, at_best_epoch, loss_of, predictions_of, score_all
 from .verdict import Evidence, differences, mean_ci, verdict
 from ..data import corrupt_labels
 from ..run_folder import atomic, read_config, write_text
@@ -61,6 +62,14 @@ def pixels_of(learn, items, seed, shown):
     return (*(np.concatenate(v) for v in (logits, labels, owners)),masks)
 
 # %% ../../nbs/77_compare.comparison.ipynb #e35d8875
+class _EachEpoch(Callback):
+    "Keeps the logits of the validation of each epoch"
+    def before_fit(self): self.logits = []
+    def before_validate(self): self.batches = []
+    def after_pred(self):
+        if not self.training: self.batches.append(self.pred.detach().cpu())
+    def after_validate(self): self.logits.append(torch.cat(self.batches).numpy())
+
 @dataclass
 class Trainings(Question):
     "The trainings that answer the question"
@@ -94,18 +103,20 @@ class Trainings(Question):
         seed:int, # See `learner`
     )->dict: # Logits, labels and item numbers of the validation set, and the losses by epoch
         "Train one method with one seed"
-        learn = self.learner(method, seed).add_cbs(self.watching)
+        learn,each = self.learner(method, seed).add_cbs(self.watching),_EachEpoch()
+        best = (self.method_of.get(method) or parse_method(method, self.eps, self.noise)).best
         items = np.asarray(self._split(seed)[1])
         with learn.no_logging():
-            learn.fit_one_cycle(self.epochs, self.lr)
+            learn.fit_one_cycle(self.epochs, self.lr, cbs=[each] if best else None)
             losses = np.array([v[:2] for v in learn.recorder.values], dtype=np.float64) # before the prediction starts a new record
             shown = {}
             if self.kind == 'masks': logits,labels,items,shown = pixels_of(learn, items, seed, set(items[:SHOWN].tolist()))
             else: logits,labels = (t.numpy() for t in learn.get_preds(act=torch.nn.Identity()))
         if self.source.labels.ndim == 1 and not self.voted: labels = labels.reshape(-1) # of a table (N, 1)
-        if not np.isfinite(logits).all():
-            raise ValueError(f"{method} with seed {seed} has come to predictions that are no numbers (nan): try a lower --lr than {self.lr:g}.")
-        res = dict(logits=logits, labels=labels, items=items, losses=losses, **(dict(shares=np.array(True)) if self.voted else {}))
+        if best: logits = at_best_epoch(each.logits, labels, self.voted)
+        diverged = not np.isfinite(logits).all()
+        if diverged: logits = np.zeros_like(logits) # which say nothing: all classes alike
+        res = dict(logits=logits, labels=labels, items=items, losses=losses, diverged=diverged, **(dict(shares=np.array(True)) if self.voted else {}))
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
 # %% ../../nbs/77_compare.comparison.ipynb #f9401358

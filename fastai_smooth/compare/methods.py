@@ -66,11 +66,12 @@ class Method:
     noise:float=0. # Share of wrong training labels, in [0, 1)
     own_eps:bool=False # Whether the strength is part of the name
     own_noise:bool=False # Whether the label noise is part of the name
+    best:bool=False # Whether it is scored at its best epoch on other validation examples, rather than at the last
 
     @property
     def plain(self)->str:
         "The name without strength and noise"
-        return '+'.join(self.parts)
+        return '+'.join(self.parts)+('@best' if self.best else '')
 
     @property
     def smoothing(self)->str|None:
@@ -85,12 +86,12 @@ class Method:
     @property
     def is_baseline(self)->bool:
         "Whether this is plain cross entropy"
-        return self.parts == ('ce',)
+        return self.parts == ('ce',) and not self.best
 
     @property
     def key(self)->tuple:
         "The same for two names of one method"
-        return frozenset(self.parts),self.eps if self.smoothing else 0.,self.noise
+        return frozenset(self.parts),self.eps if self.smoothing else 0.,self.noise,self.best
 
     def varied(self,
         eps:float|None=None, # Another strength. None: as it is
@@ -117,6 +118,7 @@ class Method:
             raise ValueError(f"The method {wrong!r} does not fit {of}: use {fitting}.")
         if several and self.smoothing not in (None, 'ls'):
             raise ValueError(f"The method {self.smoothing!r} spreads mass over exclusive classes: with several labels per example use ls.")
+        if self.best and kind == 'masks': raise ValueError("ce@best keeps the predictions of every epoch, which are too many of masks: leave it out.")
         if self.noise and (several or voted or kind == 'masks'):
             raise ValueError("noise puts another class in the place of the right one, and several labels per example, votes or masks have no such one: "
                              "leave it out.")
@@ -138,13 +140,15 @@ class Method:
 
 # %% ../../nbs/71_compare.methods.ipynb #cd2b39e9
 def parse_method(
-    name:str, # 'ce', or parts joined by '+': 'ls', 'mixup', 'mixup+ls', 'mixup+cutmix+ls', 'ols', 'mixup+ls@.3', 'ls~.2', ...
+    name:str, # 'ce', 'ce@best', or parts joined by '+': 'ls', 'mixup', 'mixup+ls', 'mixup+cutmix+ls', 'ols', 'mixup+ls@.3', 'ls~.2', ...
     eps:float=.1, # Smoothing strength of a method that does not name its own after @
     noise:float=0., # Label noise of a method that does not name its own after ~
 )->Method:
     "Read the name of a method. An unknown part, or more than one way to smooth: ValueError"
     plain,tilde,own_noise = name.partition('~')
     parts,at,own_eps = plain.partition('@')
+    best = (parts, own_eps) == ('ce', 'best')
+    if best: at = ''
     try: eps,noise = float(own_eps) if at else eps,float(own_noise) if tilde else noise
     except ValueError: raise ValueError(f"What follows @ or ~ in {name!r} is not a number.") from None
     named = f' in {name!r}' if at or tilde else ''
@@ -156,7 +160,7 @@ def parse_method(
     if unknown or len(set(parts)) < len(parts) or ('ce' in parts and len(parts) > 1) or twice:
         raise ValueError(f"Unknown method {name!r}: use 'ce', or one of {', '.join(map(repr, SMOOTH))} and any of 'mixup' and 'cutmix', such as 'mixup+ls'; "
                          "of votes also 'votes' and 'votes+dirichlet'.")
-    return Method(name, parts, eps, noise, bool(at), bool(tilde))
+    return Method(name, parts, eps, noise, bool(at), bool(tilde), best)
 
 def read_method(
     name:str, # See `parse_method`
