@@ -189,7 +189,8 @@ class Comparison(Trainings):
             return
         settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'jobs'))
         task = joblib.delayed(_train_here)
-        trained = joblib.Parallel(self.jobs, return_as='generator')(task((settings, self.threads, self.fingerprint), *run, first if run in missing[:1] else ()) for run in missing)
+        here = settings,self.threads,self.fingerprint
+        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *run, first if run in missing[:1] else ()) for run in missing)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind
