@@ -26,7 +26,7 @@ from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_l
 from ..distributions import Distribution, check_distribution
 from ..kernels import check_reported_labels
 from ..losses import MultiTargetLoss, SmoothingLoss, loss_settings
-from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_eps, is_mixed
+from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_eps, is_mixed, read_eps
 
 # %% ../../nbs/44_callback.smoothing.ipynb #d2e85d7b
 class SmoothingSettings(TrainingPassCallback):
@@ -54,7 +54,7 @@ class SmoothingSettings(TrainingPassCallback):
 
     def _check(self, target):
         eps,dist,convention = (self.setting(n, target) for n in ('eps', 'dist', 'convention'))
-        if not callable(eps): check_eps(eps, self.negative)
+        if not callable(eps): read_eps(eps, self.negative)
         if convention is not None: check_choice(convention, {*SOFTMAX_CONVENTIONS, *BINARY_CONVENTIONS}, 'convention')
         if dist is not None and not isinstance(dist, nn.Module): raise TypeError(f"dist must be a distribution such as Uniform(), but is {dist!r}.")
         check_distribution(dist, convention or 'uniform')
@@ -285,10 +285,17 @@ class SmoothingPass(SmoothingSettings):
         return value
 
 # %% ../../nbs/44_callback.smoothing.ipynb #4010f06a
-class LateCheck(Callback):
-    "Raises the ValueError of a label outside the classes that a kernel has met, after the Recorder has waited for the loss"
-    order,run_valid = 60,False
-    def after_batch(self): check_reported_labels()
+class AfterEverybody(Callback):
+    "The last of all callbacks in a training pass"
+    order = float('inf')
+    def __init__(self, owner=None): self.owner = owner
+
+    def __call__(self, event_name):
+        if self.owner is None or self.owner.learn is not self.learn: return
+        if event_name == 'after_pred': self.owner.after_pred() # whoever gives the learner another loss has done so
+        elif event_name == 'after_batch': check_reported_labels() # the Recorder has waited for the loss
+
+    def __reduce__(self): return AfterEverybody, () # of a learner that is exported meanwhile, it has nothing to do there
 
 def check_labels_now(
     learn # The `Learner`
@@ -311,8 +318,8 @@ class LabelSmoothing(SmoothingPass):
         self._before = learn.loss_func # until somebody gives the learner another one
         self._pass = learn.loss_func = self.training_loss(learn)
         if learn.train_iter == 0: self.log = [] # a new fit
-        late = LateCheck() if device_of(learn).type != 'cpu' else None
-        if late is not None: learn.add_cb(late)
+        last = AfterEverybody(self)
+        learn.remove_cbs(AfterEverybody).add_cb(last)
         try:
             yield
             check_labels_now(learn)
@@ -321,10 +328,11 @@ class LabelSmoothing(SmoothingPass):
             for dist in self.members(): dist.forget()
             raise
         finally:
-            if late is not None: learn.remove_cb(late)
+            learn.remove_cb(last)
             put_back_loss(learn, self._before)
             self.put_back()
             self._pass = None
+            self.log = [float(eps) for eps in self.log]
             if self.log: show_strengths(learn, self.log)
             forget_targets(learn)
 
@@ -348,7 +356,7 @@ class LabelSmoothing(SmoothingPass):
         self._pass.wrap()
 
     def after_pred(self):
-        if self._pass is not None and self.learn.yb: self._adopt()
+        if self._pass is not None and self.learn.training and self.learn.yb: self._adopt()
 
     def after_loss(self):
         loss = self._pass
@@ -356,7 +364,7 @@ class LabelSmoothing(SmoothingPass):
             scheduled = next((t for t in self.targets if callable(self.setting('eps', t))), None)
             if scheduled is not None:
                 eps = self.current_eps(scheduled)
-                self.log.append(eps.mean().item() if isinstance(eps, Tensor) else eps)
+                self.log.append(eps.mean() if isinstance(eps, Tensor) else eps)
             loss.teach(self.learn.pred)
         self.put_back()
 

@@ -14,25 +14,27 @@ import numpy as np
 import torch
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 
-from ..calibration import Predictions, calibrated_error, cross_fit, fit_temperature
-from ..calibration.temperature import folds_of
+from ..calibration import Predictions, calibrated_error, cross_fit, fit_temperature, folds_of
+from ..losses import LabelSmoothingCrossEntropy
 
 # %% ../../nbs/72_compare.scores.ipynb #145b0c79
 METRICS = 'accuracy nll ece brier aurc temperature nll_ts ece_ts brier_ts'.split()
 MORE = 'ece_null ece_null_ts nll_chance at_bound untold diverged'.split()
 
 # %% ../../nbs/72_compare.scores.ipynb #69edb550
-def loss_of(labels):
-    "The plain loss of one label per example, of several, or of one per pixel"
+def loss_of(labels, shares=False):
+    "The plain loss of one label per example, of several, of shares of the classes, or of one per pixel"
+    if shares: return LabelSmoothingCrossEntropy(0.)
     return BCEWithLogitsLossFlat() if labels.ndim == 2 else CrossEntropyLossFlat(axis=1 if labels.ndim == 3 else -1)
 
 def predictions_of(
     logits, # (N, K)
     labels, # (N,), or multi-hot (N, K); of masks, a label per pixel (N,)
+    shares:bool=False, # Whether the labels are shares of the classes (N, K)
 )->Predictions:
     "Logits and labels, of one or of several per example, as something to score"
     labels = torch.as_tensor(labels)
-    return Predictions.of(torch.as_tensor(logits), labels.float() if labels.ndim == 2 else labels, loss_of(labels))
+    return Predictions.of(torch.as_tensor(logits), labels.float() if labels.ndim == 2 else labels, loss_of(labels, shares))
 
 def after_temperature(
     predictions:Predictions, # As trained
@@ -45,9 +47,10 @@ def after_temperature(
 def at_best_epoch(
     each, # Logits of each epoch, (E, N, K)
     labels, # (N,), or multi-hot (N, K)
+    shares:bool=False, # Whether the labels are shares of the classes (N, K)
 ): # Logits (N, K)
     "The logits of each example in the epoch that has the lowest NLL after temperature on the examples of the other folds"
-    epochs,chosen = [predictions_of(z, labels) for z in each if np.isfinite(z).all()],np.array(each[-1])
+    epochs,chosen = [predictions_of(z, labels, shares) for z in each if np.isfinite(z).all()],np.array(each[-1])
     if not epochs: return chosen
     def nll(p):
         with warnings.catch_warnings():
@@ -83,10 +86,11 @@ def score_all(
     labels, # (N,), or multi-hot (N, K)
     items=None, # Numbers of the examples, (N,). None: a row each
     diverged:bool=False, # Whether the training did
+    shares=False, # Whether the labels are shares of the classes (N, K)
     **others # Ignored
 )->tuple: # A dict with a number for each of `METRICS` and `MORE`, and a dict of what each example contributes
     "All figures of one trained model"
-    predictions = predictions_of(logits, labels)
+    predictions = predictions_of(logits, labels, bool(shares))
     with warnings.catch_warnings(record=True) as said: # of temperatures that the data don't tell: the verdict counts them
         warnings.simplefilter('always')
         after,folds = after_temperature(predictions, items)

@@ -11,6 +11,7 @@ __all__ = []
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..targets import transforms_active
@@ -91,14 +92,16 @@ def blocks_of(z, g):
 def inner(a, b): return torch.dot(a.reshape(-1), b.reshape(-1)).item()
 
 # %% ../../nbs/21_kernels.cpu.ipynb #ba004d8e
-def loss_of_block(z, index, c, mass, even, eps, scale, out, wanted):
+def loss_of_block(z, index, c, mass, eps, scale, out, wanted):
     """Sum of the losses of logits (A, K, *), and the softmax made `scale` times its gradient if that is `wanted`.
 
     log p is kept as `t` + `shift`, with t the logits relative to one of their row: then nothing large is subtracted from something large."""
     k, shift = z.shape[1], None
     def terms(t): # Σ q log p and Σ_k log p_k, up to the shift
-        chosen = inner(c, t) if index is None else t.gather(1, index).sum().item() if c is None else inner(c, t.gather(1, index))
-        return chosen, 0. if not eps else t.sum().item() if c is None else inner(mass, t.sum(1))
+        if index is None: chosen = inner(c, t)
+        elif c is not None: chosen = inner(c, t.gather(1, index))
+        else: chosen = t.gather(1, index).sum().item()
+        return chosen, 0. if not eps else t.sum().item() if mass is None else inner(mass, t.sum(1))
     if not wanted or z.numel() <= SMALL: # few calls
         p = torch.log_softmax(z, 1, out=out)
         chosen, every = terms(p)
@@ -117,30 +120,41 @@ def loss_of_block(z, index, c, mass, even, eps, scale, out, wanted):
         if shift.amin().item() >= (1e-30 if z.dtype is torch.float32 else 1e-290): shift = shift.log()
         else: (chosen, every), shift = terms(z.log_softmax(1)), None # an underflow, or nan
     total = (eps-1)*chosen - eps*every/k
-    if shift is not None: total -= shift.sum().item() if c is None else inner(mass, shift)
+    if shift is not None: total -= shift.sum().item() if mass is None else inner(mass, shift)
     if wanted:
-        if p.numel() > SMALL: torch.add(p.new_full((), -eps*scale/k), p, alpha=scale, out=p) # both in one pass
-        else: p.mul_(scale).sub_(eps*scale/k)
-        if not even: p.mul_(mass)
+        torch.add(p.new_full((), -eps*scale/k), p, alpha=scale, out=p) # both in one pass
+        if mass is not None: p.mul_(mass)
         if index is None: p.sub_(c, alpha=(1-eps)*scale)
-        else: p.scatter_add_(1, index, torch.full(index.shape, (eps-1)*scale, dtype=z.dtype) if c is None else c*((eps-1)*scale))
+        elif c is not None: p.scatter_add_(1, index, c*((eps-1)*scale))
+        else: p.scatter_add_(1, index, torch.full(index.shape, (eps-1)*scale, dtype=z.dtype))
     return total, p
+
+def loss_of_few(z, y, eps, mean, wanted):
+    "`loss_of_rows` of few logits (A, K) and a class for each row, in as few calls as there can be"
+    p, k, scale = torch.log_softmax(z, 1), z.shape[1], 1/len(z) if mean else 1.
+    total = (1-eps)*F.nll_loss(p, y, reduction='sum').item() - (eps*p.sum().item()/k if eps else 0.)
+    if wanted:
+        p.exp_()
+        torch.add(p.new_full((), -eps*scale/k), p, alpha=scale, out=p).scatter_(1, y.unsqueeze(1), (eps-1)*scale, reduce='add')
+    return total*scale, p
 
 def loss_of_rows(z, index, c, eps, mean, wanted):
     """Smoothed cross entropy of logits (A, K, *), as a number, and its gradient or None.
 
     The target is classes (A, m, *) with coefficients `c`, where None says 1 each; or, without classes, `c` alone (A, K, *).
-    `mass` (A, 1, *) is what the coefficients sum to, and `even` that it is 1 everywhere."""
-    if c is None: mass, n, even = None, index.numel(), True
+    `mass` (A, 1, *) is what the coefficients sum to, None for 1 everywhere."""
+    if c is None: mass, n = None, index.numel()
     else:
         mass = c.sum(1, keepdim=True)
-        n, even = mass.sum().item(), not wanted or (mass-1).abs_().amax().item() < 4*torch.finfo(z.dtype).eps
+        low, high = mass.aminmax()
+        n = mass.sum().item() if not max(1-low.item(), high.item()-1) < 4*torch.finfo(z.dtype).eps else None
+        if n is None: mass, n = None, mass.numel()
     scale = (1/n if n else 0.) if mean else 1.
-    if z.numel() <= SMALL: total, g = loss_of_block(z, index, c, mass, even, eps, scale, None, wanted)
+    if z.numel() <= SMALL: total, g = loss_of_block(z, index, c, mass, eps, scale, None, wanted)
     else:
         total, g = 0., torch.empty(z.shape, dtype=z.dtype) if wanted else None
         for s, block, out in blocks_of(z, g):
-            total += loss_of_block(block, *(t if t is None else t[s] for t in (index, c, mass)), even, eps, scale, out, wanted)[0]
+            total += loss_of_block(block, *(t if t is None else t[s] for t in (index, c, mass)), eps, scale, out, wanted)[0]
     return total*scale, g
 
 def cpu_cross_entropy(
@@ -160,9 +174,32 @@ def cpu_cross_entropy(
         return value, back(g) if wanted else None
     return with_gradient(logits, compute, tuple(t for t in (index, coefficient) if t is not None), formula)
 
+def are_few(
+    logits:Tensor, # Logits
+    target, # Index, dense or mixed target
+    axis:int, # Class dimension, not negative
+)->bool: # True: call `cpu_cross_entropy_of_few` if the path is 'cpu' and all labels are classes
+    "Whether the Python around a loss takes as long as its numbers"
+    return (logits.is_cpu and axis == 1 and logits.ndim == 2 and 0 < logits.numel() <= SMALL and logits.dtype in (torch.float32, torch.float64)
+            and type(target) is Tensor and target.dtype is torch.int64 and target.shape == logits.shape[:1])
+
+def cpu_cross_entropy_of_few(
+    logits:Tensor, # Logits (N, K)
+    y:Tensor, # Classes in [0, K), (N,)
+    eps:float, # Smoothing strength
+    mean:bool, # Over the rows; otherwise the sum
+    formula, # The same loss as a function of the logits alone
+)->Tensor: # Loss, 0-d
+    "`cpu_cross_entropy` for what `are_few`"
+    return with_gradient(logits, lambda z, wanted: loss_of_few(z, y, eps, mean, wanted), (y,), formula)
+
 # %% ../../nbs/21_kernels.cpu.ipynb #622fdb15
 def binary_loss_and_gradient(logits, target, off, on, scale, wanted):
     "Binary cross entropy of logits and a known target of the same shape, times `scale`, as a number; and its gradient or None"
+    if logits.numel() <= SMALL: # few calls
+        y = torch.add(target.new_full((), off), target, alpha=on-off) if off or on != 1 else target
+        total = F.binary_cross_entropy_with_logits(logits, y, reduction='sum').item()
+        return total*scale, torch.sigmoid(logits).sub_(y).mul_(scale) if wanted else None
     z, y, total = logits.reshape(-1), target.reshape(-1), 0.
     g, step = torch.empty_like(z) if wanted else None, BLOCK
     for i in range(0, len(z), step):

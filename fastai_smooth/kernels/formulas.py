@@ -35,7 +35,7 @@ def entries(
     ignore_index:int|None, # Index without mass
 )->tuple: # Classes, or None for all of them in order; coefficients, or None for 1 each; `ignore_index`. The tensors have the entries at `axis`
     "A target as coefficients of classes, from its shape alone. A shape that does not fit: ValueError that says which axis would"
-    shape = tuple(logits.shape)
+    shape = logits.shape
     if is_mixed(target):
         if target.shape != shape or target.axis != axis: raise shape_error(shape, target.shape, axis, False)
         if not target.is_sparse_mixture: return None, target.dense().to(logits.dtype), None
@@ -56,11 +56,22 @@ def entries(
 
 # %% ../../nbs/20_kernels.formulas.ipynb #02a796cd
 def in_transform(
-    x:Tensor # Floating input of a loss
+    *xs:Tensor # Floating inputs of a loss
 )->bool: # True where only plain tensor operations work
     "Whether a compiler, a tracer, a functional transform or forward-mode differentiation runs the call"
-    return (torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing()
-            or forward_ad.unpack_dual(x).tangent is not None)
+    if torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing(): return True
+    # torch has no public name for the level; asking each tensor takes a tenth of a small loss
+    return forward_ad._current_level >= 0 and any([forward_ad.unpack_dual(x).tangent is not None for x in xs])
+
+def all_classes(
+    index:Tensor, # Class indices whose values can be read, at least one
+    n_classes:int, # Number of classes K
+    ignore_index:int|None, # Index without mass
+)->bool: # False also where one may be ignored
+    "Whether all indices are classes in [0, K)"
+    low, high = index.aminmax()
+    low, high = low.item(), high.item()
+    return 0 <= low and high < n_classes and (ignore_index is None or not low <= ignore_index <= high)
 
 def kept_entries(
     index:Tensor, # Classes from `entries`
@@ -70,11 +81,7 @@ def kept_entries(
     dtype:torch.dtype, # Of the coefficients
 )->tuple: # Classes in [0, K), and coefficients, 0 for an ignored label; None for 1 each
     "Entries that can be looked up. A label outside the classes: ValueError, or a coefficient of nan where values cannot be read"
-    readable = is_readable(index)
-    if readable and index.numel():
-        low, high = index.aminmax()
-        low, high = low.item(), high.item()
-        if 0 <= low and high < n_classes and (ignore_index is None or not low <= ignore_index <= high): return index, coefficient
+    if is_readable(index) and index.numel() and all_classes(index, n_classes, ignore_index): return index, coefficient
     kept = torch.ones_like(index, dtype=torch.bool) if ignore_index is None else index != ignore_index
     index, coefficient = index*kept, kept.to(dtype) if coefficient is None else coefficient*kept
     inside = check_labels(index, n_classes, ignore_index)
@@ -87,9 +94,10 @@ def in_single_precision(
     x:Tensor # Logits of any floating dtype
 )->Tensor: # float32 for half precision, unchanged otherwise
     "A tensor in which sums of exponentials are safe, without fastai's subclass"
-    x = base_tensor(x)
-    if not x.is_floating_point(): raise TypeError(f"Logits must be floating, but have the dtype {x.dtype}.")
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    x, dtype = base_tensor(x), x.dtype
+    if dtype is torch.float32 or dtype is torch.float64: return x
+    if not dtype.is_floating_point: raise TypeError(f"Logits must be floating, but have the dtype {dtype}.")
+    return x.float()
 
 def reduce(
     loss:Tensor, # Loss per position or entry

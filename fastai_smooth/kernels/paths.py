@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import cpu_binary_cross_entropy, cpu_cross_entropy
-from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, check_class_weight, check_several_classes, class_axis,
+from .cpu import are_few, cpu_binary_cross_entropy, cpu_cross_entropy, cpu_cross_entropy_of_few
+from .formulas import (REDUCTIONS, all_classes, binary_cross_entropy_of_logits, check_class_weight, check_several_classes, class_axis,
                                             cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, log_softmax, reduce)
 from .gpu import gpu_cross_entropy, gpu_takes
 from .gpu_binary import as_entries, gpu_binary_cross_entropy, gpu_takes_binary
@@ -30,10 +30,10 @@ def path_of(
 )->str: # 'triton', 'cpu', 'torch' or 'formula'
     "The path that computes a loss"
     if on_gpu: return 'triton'
-    if in_transform(logits) or not logits.numel() or (index is not None and index.device != logits.device): return 'formula'
-    if values is not None and (values.requires_grad or values.device != logits.device or in_transform(values)): return 'formula'
-    if simple and logits.is_cpu and logits.dtype in (torch.float32, torch.float64): return 'cpu'
-    return 'torch' if native else 'formula'
+    if not logits.numel() or (index is not None and index.device != logits.device): return 'formula'
+    if values is not None and (values.requires_grad or values.device != logits.device): return 'formula'
+    if in_transform(logits) if values is None else in_transform(logits, values): return 'formula'
+    return 'cpu' if simple and logits.is_cpu else 'torch' if native else 'formula'
 
 # %% ../../nbs/23_kernels.paths.ipynb #fdb7b403
 def torch_takes(
@@ -86,9 +86,11 @@ def cross_entropy(
     reduction:str, # 'mean', 'sum' or 'none'
 )->Tensor: # Loss
     "Smoothed cross entropy of logits, by the path that suits"
-    logits, index, coefficient, native = base_tensor(logits), None, None, False
+    logits, target, index, coefficient, native = base_tensor(logits), base_tensor(target), None, None, False
     formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
+    if simple and are_few(logits, target, axis) and path_of(logits, target, None, True) == 'cpu' and all_classes(target, logits.shape[1], ignore_index):
+        return cpu_cross_entropy_of_few(logits, target, eps, reduction == 'mean', formula)
     on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
     if not on_gpu:
         logits = in_single_precision(logits)
@@ -141,10 +143,10 @@ def smooth_cross_entropy(
 # %% ../../nbs/23_kernels.paths.ipynb #4429e94f
 def single_like(
     logits:Tensor # Logits
-)->Tensor: # One number, repeated
-    "A tensor of the shape and device of the logits in at least single precision, without memory of its own"
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.empty((), dtype=dtype, device=logits.device).expand(logits.shape)
+)->Tensor: # Its values mean nothing
+    "A tensor of the shape and device of the logits in at least single precision, without memory of its own: what asks for a shape or a dtype"
+    if logits.dtype is torch.float32 or logits.dtype is torch.float64: return base_tensor(logits)
+    return torch.empty((), dtype=torch.float32, device=logits.device).expand(logits.shape)
 
 def binary_entries(
     logits:Tensor, # Logits as the model made them

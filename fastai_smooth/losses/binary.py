@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import binary_cross_entropy, binary_entries, class_axis, in_single_precision, single_like
 from .softmax import SmoothingLoss
-from ..targets import BINARY_CONVENTIONS, binary_levels, binary_target, check_choice, check_eps
+from ..targets import BINARY_CONVENTIONS, binary_levels, binary_target, check_choice, check_eps, read_eps
 
 # %% ../../nbs/31_losses.binary.ipynb #b41aefa0
 class LabelSmoothingBCE(SmoothingLoss):
@@ -38,7 +38,8 @@ class LabelSmoothingBCE(SmoothingLoss):
         if convention is not None: check_choice(convention, BINARY_CONVENTIONS, 'convention')
         self._weight('weight', weight)
         self._weight('pos_weight', pos_weight)
-        self.eps_pos,self.eps_neg = (e if e is None else check_eps(e, name=n) for e,n in ((eps_pos, 'eps_pos'), (eps_neg, 'eps_neg')))
+        for name, value in (('eps_pos', eps_pos), ('eps_neg', eps_neg)):
+            self._strength(name, value if value is None else check_eps(read_eps(value, name=name), name=name))
         self.axis,self.convention,self.thresh,self.target_threshold,self.sum_classes = axis,convention,thresh,target_threshold,sum_classes
 
     def forward(self,
@@ -57,7 +58,7 @@ class LabelSmoothingBCE(SmoothingLoss):
             y = torch.where(y.isnan(), y, (off+(on-off)*y > self.target_threshold).to(y.dtype))
             off,on = 0.,1.
         reduction = self.reduction if not self.sum_classes or self.reduction != 'mean' else 'classes'
-        loss = binary_cross_entropy(logits, y, self.weight, self.pos_weight, reduction, off, on, axis)
+        loss = binary_cross_entropy(logits, y, self._buffers['weight'], self._buffers['pos_weight'], reduction, off, on, axis)
         return loss.sum(axis) if self.sum_classes and reduction == 'none' and loss.ndim else loss
 
     def activation(self,

@@ -14,11 +14,11 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from ..kernels import (REDUCTIONS, check_class_weight, cross_entropy, cross_entropy_of_log_probs, cross_entropy_with, in_single_precision,
+from ..kernels import (REDUCTIONS, LazyLogits, check_class_weight, cross_entropy, cross_entropy_of_log_probs, cross_entropy_with, in_single_precision,
                                    log_softmax, single_like, without_ignored)
 from ..distributions import check_distribution
 from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_eps, check_probabilities, dense_target,
-                                   per_class, to_dense, uniform_eps)
+                                   per_class, read_eps, to_dense, uniform_eps)
 
 # %% ../../nbs/30_losses.softmax.ipynb #6cbe5021
 class SmoothingLoss(nn.Module):
@@ -32,7 +32,7 @@ class SmoothingLoss(nn.Module):
     ):
         super().__init__()
         self.negative = negative
-        self.eps,self.reduction = eps,reduction
+        self.eps,self.reduction = read_eps(eps, negative),reduction
 
     def parts(self)->list: # Losses; empty for a loss of its own
         "The losses that this one is made of"
@@ -46,10 +46,13 @@ class SmoothingLoss(nn.Module):
     def eps(self)->float|Tensor: return self._eps
     @eps.setter
     def eps(self, value):
-        value = check_eps(value, self.negative)
-        self._buffers.pop('_eps', None), self.__dict__.pop('_eps', None)
-        if isinstance(value, Tensor): self.register_buffer('_eps', value)
-        else: self._eps = value
+        self._strength('_eps', check_eps(value, self.negative))
+
+    def _strength(self, name, value):
+        "Keep a strength, one per class as a buffer, so that `.to(device)` moves it"
+        self._buffers.pop(name, None), self.__dict__.pop(name, None)
+        if isinstance(value, Tensor): self.register_buffer(name, value)
+        else: setattr(self, name, value)
 
     @property
     def reduction(self)->str: return self._reduction
@@ -120,9 +123,13 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy. Shapes or labels that do not fit: ValueError"
         axis = check_axis(pred, self.axis)
-        args = (axis, self.weight, self.weight_by, self.ignore_index, self.reduction)
+        args = (axis, self._buffers['weight'], self.weight_by, self.ignore_index, self.reduction)
+        if self.fast and isinstance(pred, LazyLogits) and axis == pred.ndim-1:
+            check_distribution(self.dist, self.convention)
+            eps = self.eps if self.dist is not None else uniform_eps(self.eps, self.convention, pred.shape[axis])
+            return pred.cross_entropy(target, eps, self.dist, *args[1:])
         if self.dist is None:
-            eps = uniform_eps(self.eps, self.convention, pred.shape[axis])
+            eps = self.eps if self.convention == 'uniform' else uniform_eps(self.eps, self.convention, pred.shape[axis])
             if self.fast: return cross_entropy(pred, target, eps, *args)
             logits = without_ignored(in_single_precision(pred), target, axis, self.ignore_index)
             return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args)

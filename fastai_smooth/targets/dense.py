@@ -177,21 +177,31 @@ def check_eps(
     eps, # A number, or one number per class (sequence, array or tensor)
     negative:bool=False, # Allow values below 0
     name:str='eps', # How the message calls it
-)->float|Tensor: # A float, or a 1-D tensor with one value per class
-    "Check that smoothing strengths lie in [0, 1]; otherwise ValueError, or TypeError for what is no number"
+)->float|Tensor: # A float, or a 1-D tensor with one value per class; on a GPU one number stays a tensor
+    "Check that smoothing strengths lie in [0, 1]; otherwise ValueError, or TypeError for what is no number. On a GPU only the shape"
     if isinstance(eps, bool): raise TypeError(f"{name} must be a number in [0, 1], but got {eps!r}.")
     if isinstance(eps, Real): value = low = high = float(eps)
     else:
         try: value = torch.as_tensor(eps, dtype=torch.get_default_dtype()).detach()
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name} must be a number in [0, 1], or one per class, but got {eps!r}.") from None
-        if value.ndim == 0: value = low = high = value.item()
-        elif value.ndim > 1 or not value.numel():
+        if value.ndim > 1 or not value.numel():
             raise ValueError(f"{name} must be a number or one per class (1-D), but got the shape {tuple(value.shape)}.")
+        if not is_readable(value): return value
+        if value.ndim == 0: value = low = high = value.item()
         else: low, high = value.aminmax()
-    if (negative or low >= 0) and high <= 1 and math.isfinite(low): return value
+    if (negative or low >= 0) and -math.inf < low and high <= 1: return value
     hint = "" if negative or low >= 0 else " A negative eps needs negative=True."
     raise ValueError(f"{name} must lie in [0, 1], but got {eps!r}.{hint}")
+
+def read_eps(
+    eps, # Smoothing strength: a number or one per class
+    negative:bool=False, # Allow values below 0
+    name:str='eps', # How the message calls it
+): # The same
+    "`check_eps` once and for all, also of a tensor on a GPU, where its values are not read in each batch"
+    check_eps(eps.cpu() if isinstance(eps, Tensor) else eps, negative, name)
+    return eps
 
 def uniform_eps(
     eps, # Strength under `convention`: a number, or a tensor with one per class
@@ -255,7 +265,7 @@ def per_class(
     n,value = like.shape[axis],base_tensor(value)
     if value.ndim != 1: raise ValueError(f"{name} must be a number or one per class (1-D), but has the shape {tuple(value.shape)}.")
     if len(value) != n: raise ValueError(f"{name} has {len(value)} values, but there are {n} classes.")
-    value = value.to(like)
+    value = value.to(like, non_blocking=value.is_cpu) # a copy to a GPU need not be waited for
     return value.view([-1 if d == axis % like.ndim else 1 for d in range(like.ndim)]) if index is None else value[index]
 
 eps_along = per_class # the older name

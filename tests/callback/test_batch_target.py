@@ -327,7 +327,7 @@ class Replace(Callback):
 
 
 @pytest.mark.parametrize('mixers', [list, lambda: [MixUp()], lambda: [OneOf(MixUp(), CutMix())], lambda: [TimmMix()]], ids=['none', 'mixup', 'oneof', 'timm'])
-@pytest.mark.parametrize('event', ['before_train', 'before_batch', 'after_batch'])
+@pytest.mark.parametrize('event', ['before_train', 'before_batch', 'after_pred', 'after_loss', 'after_batch'])
 @pytest.mark.parametrize('loss', [nn.CrossEntropyLoss, CrossEntropyLossFlat])
 def test_a_loss_set_in_a_fit_is_smoothed_and_kept(loss, event, mixers):
     w = torch.tensor([1., 2., 5., .5])
@@ -335,8 +335,16 @@ def test_a_loss_set_in_a_fit_is_smoothed_and_kept(loss, event, mixers):
     replace = Replace(event, new, -50 if event == 'before_train' else 0)
     learn = fit(make_learner('index', CrossEntropyLossFlat(), [LabelSmoothing(.2), replace, WhatTheLossSaw(), *mixers()]), 2)
     assert learn.loss_func is new
-    seen = learn.look.seen[event == 'after_batch':]
+    seen = learn.look.seen[event in ('after_loss', 'after_batch'):]
     for x, pred, loss, _ in seen: np.testing.assert_allclose(loss, expected_loss(x, pred, 'index', .2, weight=w.tolist()), rtol=2e-5)
+
+
+@pytest.mark.parametrize('order', [-150, 95])
+def test_a_loss_set_between_prediction_and_loss_by_whoever_comes_first_or_last(order):
+    new = nn.CrossEntropyLoss()
+    learn = fit(make_learner('index', CrossEntropyLossFlat(), [LabelSmoothing(.2), MixUp(), WhatTheLossSaw(), Replace('after_pred', new, order)]), 1)
+    assert learn.loss_func is new
+    check_seen(learn, 'index', .2)
 
 
 def test_a_loss_set_after_the_last_batch_is_kept_and_an_unknown_one_is_an_error():

@@ -7,7 +7,7 @@ from fastai.losses import CrossEntropyLossFlat
 from learners import K, WhatTheLossSaw, check_seen, fit, make_learner
 
 from fastai_smooth.callback import LabelSmoothing, smoothing
-from fastai_smooth.callback.smoothing import LateCheck
+from fastai_smooth.callback.smoothing import AfterEverybody
 
 
 class Steps(Callback):
@@ -22,11 +22,10 @@ def test_noted_labels_are_asked_about_after_the_recorder(monkeypatch):
 
     def check():
         if learn.steps.n == 2: raise ValueError('Label 7 is outside')
-    monkeypatch.setattr(smoothing, 'device_of', lambda learn: torch.device('meta'))
     monkeypatch.setattr(smoothing, 'check_reported_labels', check)
     with pytest.raises(ValueError, match='Label 7'): fit(learn, 1)
     assert learn.loss_func is loss and learn.steps.n == 2 and len(learn.recorder.losses) == 2
-    assert not any(isinstance(cb, LateCheck) for cb in learn.cbs)
+    assert not any(isinstance(cb, AfterEverybody) for cb in learn.cbs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastai_smooth.callback import LabelSmoothing, OneOf, soft_loss
+from fastai_smooth.callback.smoothing import AfterEverybody
 from fastai_smooth.distributions import ClassPrior, Similarity, Teacher, Uniform, Zipf
 from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
 from fastai_smooth.targets import MixedTarget
@@ -328,7 +329,8 @@ def test_export_in_the_middle_of_an_epoch(tmp_path):
     assert at.done and learn.loss_func is loss
     learn.remove_cb(at)
     learn.model.load_state_dict(at.state)
-    same_predictions(tmp_path, learn)
+    refitted = same_predictions(tmp_path, learn)
+    assert not any(isinstance(cb, AfterEverybody) for cb in refitted.cbs)
 
 
 def test_save_and_load(tmp_path):

@@ -167,7 +167,7 @@ def test_rare_classes_are_named_and_not_refused(tmp_path):
     frame['label'] = ['x', 'y']*58+['rare']*3+['once']
     frame.to_csv(tmp_path/'t.csv', index=False)
     c = Comparison(tmp_path/'t.csv', ('ce', 'ls'), epochs=1, seeds=2, bs=16)
-    assert c.rare == ['once', 'rare'] and 'Warning: fewer than two validation rows in some split of once, rare' in c.describe()
+    assert "Warning: 2 of 4 classes have fewer than two validation examples in some split: 'once' (0 of 1), 'rare' (" in c.describe()
     assert set(c.run(progress=False)['methods']) == {'ce', 'ls'}
 
 

@@ -77,6 +77,7 @@ def test_several_noise_rates_are_so_many_comparisons():
     assert 'Label noise 0.4: ' in s['verdict']
 
 
+@pytest.mark.slow
 def test_predictions_are_read_when_they_are_asked_for(tmp_path):
     c, memory = (Comparison('iris', ('ce',), epochs=1, seeds=2, out=out) for out in (tmp_path/'run', None))
     c.run(progress=False)

@@ -3,39 +3,13 @@
 The device 'meta' stands for a GPU. It has no values, so that whatever would read one fails; a dispatch mode refuses copies from the CPU and float64."""
 import pytest
 import torch
+from gpu_mode import Gpu
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode  # torch documents it under this name
-from torch.utils._pytree import tree_leaves
 
 from fastai_smooth.distributions import ClassPrior, Online, PossibleClasses, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf
 from fastai_smooth.targets import MixedTarget, smooth_binary, smooth_labels, to_dense
 
 K = 4
-WAITS = {'_local_scalar_dense', 'nonzero', 'item', 'is_nonzero', 'equal', 'masked_select', 'unique', '_unique2', 'unique_dim', 'unique_consecutive',
-         'bincount', 'repeat_interleave'}
-
-
-class Gpu(TorchDispatchMode):
-    "Refuses what waits for the device `kind`, copies to it or from it, and float64 on it"
-    def __init__(self, kind='meta'):
-        super().__init__()
-        self.kind, self.ops = kind, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, out = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        there = [t for t in tensors if t.device.type == self.kind]
-        self.ops.append(name)
-        if there:
-            assert name not in WAITS, f'{name} waits for the device'
-            assert all(t.device.type == self.kind for t in tensors if t.ndim), f'{name} copies between devices'
-            assert not any(t.dtype in (torch.float64, torch.complex128) for t in there), f'{name} uses double precision'
-            if name in ('index', 'index_put', 'index_put_'):
-                indices = [t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)]
-                assert not any(t.dtype in (torch.bool, torch.uint8) for t in indices), f'{name} by a mask waits for its number'
-        return out
-
-
 def everyone():
     return [Uniform(), ClassPrior([1, 2, 0, 3]), Similarity(torch.full((K, K), 1/K)), Taxonomy(['x/a', 'x/b', 'y/c', 'z']), Online(K), Online(K, .5),
             Zipf(), PossibleClasses(), Teacher(nn.Linear(3, K)), .5*Uniform()+.5*Online(K)]

@@ -111,11 +111,12 @@ def test_the_gpu_kernels_get_what_the_model_made(monkeypatch):
 def test_an_error_of_the_fast_path_is_seen(error, monkeypatch):
     "It is not taken for a sign that the formula should be used"
     def broken(*args): raise error('broken')
-    monkeypatch.setattr(cpu, 'loss_of_rows', broken)
+    for name in ('loss_of_rows', 'loss_of_few'): monkeypatch.setattr(cpu, name, broken)
     monkeypatch.setattr(cpu, 'binary_loss_and_gradient', broken)
     z, y = batch()
     for wanted in (False, True):
-        with pytest.raises(error, match='broken'): smooth_cross_entropy(z.requires_grad_(wanted), y)
+        for target in (y, y.where(y > 0, -100)):
+            with pytest.raises(error, match='broken'): smooth_cross_entropy(z.requires_grad_(wanted), target)
         with pytest.raises(error, match='broken'): smooth_binary_cross_entropy(z.requires_grad_(wanted), torch.rand(6, K, dtype=z.dtype))
 
 
@@ -142,6 +143,16 @@ def test_functional_transforms():
     close(grad, x.grad)
     each = torch.func.vmap(lambda z, y: smooth_cross_entropy(z[None], y[None]))(z, y)
     close(each, smooth_cross_entropy(z, y, reduction='none'))
+
+
+@pytest.mark.parametrize('f, target', [(smooth_cross_entropy, torch.tensor([0, 1, 2])), (smooth_binary_cross_entropy, torch.tensor([[0., 1., 1.]]*3))],
+                         ids=['softmax', 'binary'])
+def test_a_strength_that_is_a_symbol_compiles_once(f, target):
+    torch.compiler.reset()
+    graphs, z = [], torch.randn(3, 3)
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for eps in (.1, .2, .3): close(compiled(z, target, eps), f(z, target, eps))
+    assert len(graphs) == 1
 
 
 def test_compiles_whole():
