@@ -45,7 +45,9 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
         log_p = log_p.masked_fill(ruled_out, 0.)
         return (log_p*self.focus(log_p)).masked_fill(ruled_out, -torch.inf)
 
-    def focus(self, log_p):
+    def focus(self,
+        log_p:Tensor # Log-probabilities
+    )->Tensor: # Of the same shape
         "The focal factor (1 - p)^gamma"
         rest = -log_p.expm1()
         if self.gamma < 2: rest = rest.clamp(min=torch.finfo(log_p.dtype).tiny) # its derivatives at 0 are not finite
