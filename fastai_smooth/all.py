@@ -6,11 +6,11 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/all.html.md"""
 
 # %% auto #0
 __all__ = ['AUGRC', 'AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'DebiasedCE', 'SmoothECE',
-           'calibration_test', 'CalibrationInterpretation', 'TemperatureScaling', 'LabelSmoothing', 'CutMixMask',
-           'OneOf', 'TimmMix', 'soft_loss', 'DawidSkene', 'LabelIssues', 'SoftCategoryBlock', 'find_label_issues',
-           'top_accuracy', 'digits', 'digit_masks', 'docstrings', 'embedded_table', 'mnist5k', 'multi_digits',
-           'corrupt_labels', 'ClassPrior', 'Distribution', 'Online', 'PossibleClasses', 'Similarity', 'Spatial',
-           'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy', 'smooth_cross_entropy',
+           'calibration_test', 'CalibrationInterpretation', 'TemperatureScaling', 'FusedHead', 'LabelSmoothing',
+           'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss', 'DawidSkene', 'LabelIssues', 'SoftCategoryBlock',
+           'find_label_issues', 'top_accuracy', 'digits', 'digit_masks', 'docstrings', 'embedded_table', 'mnist5k',
+           'multi_digits', 'corrupt_labels', 'ClassPrior', 'Distribution', 'Online', 'PossibleClasses', 'Similarity',
+           'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf', 'smooth_binary_cross_entropy', 'smooth_cross_entropy',
            'smooth_linear_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy',
            'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL', 'CombinedLoss', 'EachClass', 'MultiTargetLoss',
            'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty',
@@ -20,7 +20,7 @@ __all__ = ['AUGRC', 'AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'Classw
 # %% ../nbs/91_all.ipynb #8940a93a
 from .calibration import (AUGRC, AURC, ECE, MCE, NLL, AdaptiveECE, Brier, CalibrationInterpretation, ClasswiseECE, DebiasedCE, SmoothECE,
                                        TemperatureScaling, calibration_test)
-from .callback import CutMixMask, LabelSmoothing, OneOf, TimmMix, soft_loss
+from .callback import CutMixMask, FusedHead, LabelSmoothing, OneOf, TimmMix, soft_loss
 from .data import (DawidSkene, LabelIssues, SoftCategoryBlock, corrupt_labels, digit_masks, digits, docstrings, embedded_table,
                                 find_label_issues, mnist5k, multi_digits, top_accuracy)
 from .distributions import ClassPrior, Distribution, Online, PossibleClasses, Similarity, Spatial, Taxonomy, Teacher, Uniform, Zipf
@@ -35,7 +35,7 @@ from .train import Recipe, recipe, recipes
 # %% ../nbs/91_all.ipynb #a537be56
 _all_ = ['AUGRC', 'AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'DebiasedCE', 'SmoothECE', 'calibration_test',
          'CalibrationInterpretation', 'TemperatureScaling',
-         'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss',
+         'FusedHead', 'LabelSmoothing', 'CutMixMask', 'OneOf', 'TimmMix', 'soft_loss',
          'DawidSkene', 'LabelIssues', 'SoftCategoryBlock', 'find_label_issues', 'top_accuracy',
          'digits', 'digit_masks', 'docstrings', 'embedded_table', 'mnist5k', 'multi_digits', 'corrupt_labels',
          'ClassPrior', 'Distribution', 'Online', 'PossibleClasses', 'Similarity', 'Spatial', 'Taxonomy', 'Teacher', 'Uniform', 'Zipf',

@@ -17,6 +17,7 @@ from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy, 
 
 
 SHRINKAGE = 30.
+VIRTUAL = .5  # examples of any class
 
 
 class Same(nn.Module):
@@ -144,16 +145,22 @@ def optimum(nll):
 
 
 def best_softmax(z, q):
-    "For rows of logits, and labels or rows of targets, with the prior at 1"
+    "For rows of logits, and labels or rows of targets, with the prior at 1 and half an example of any class that is possible"
     z, q = np.asarray(z, dtype=np.float64), np.asarray(q, dtype=np.float64)
     if q.ndim == 1: q = np.eye(z.shape[1])[q.astype(int)]
-    return optimum(lambda t: -(q*log_softmax(z/t, 1)).sum() + np.log(t)**2/2)
+    mass, possible = q.sum(1), np.isfinite(z)
+    def nll(t):
+        log_p = np.where(possible, log_softmax(z/t, 1), 0.)
+        virtual = -(log_p.sum(1)/possible.sum(1)*mass).sum()/mass.sum()
+        return -(q*log_p).sum() + VIRTUAL*virtual + np.log(t)**2/2
+    return optimum(nll)
 
 
 def best_sigmoids(z, y):
     "For columns: a temperature of all entries, to which that of each label is drawn"
     z, y = (np.asarray(t, dtype=np.float64).reshape(len(t), -1) for t in (z, y))
-    nll = lambda t, z, y: np.where(np.isnan(y), 0., np.logaddexp(0., z/t)-np.nan_to_num(y)*z/t).sum()
+    losses = lambda t, z, y: np.where(np.isnan(y), 0., np.logaddexp(0., z/t)-np.nan_to_num(y)*z/t).sum()
+    nll = lambda t, z, y: losses(t, z, y) + VIRTUAL*losses(t, z, np.where(np.isnan(y), y, .5))/(~np.isnan(y)).sum()
     shared = optimum(lambda t: nll(t, z, y) + np.log(t)**2/2)
     if z.shape[1] == 1: return [shared]
     res = []

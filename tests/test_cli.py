@@ -94,6 +94,7 @@ def test_compare_refuses_at_once(args, words, capsys, monkeypatch, tmp_path):
     assert words in err and len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on(tmp_path, capsys, monkeypatch):
     "Ctrl-C says how to go on; the folder knows the arguments; another one is refused with both values"
     out = tmp_path/'a run'
@@ -127,6 +128,7 @@ def test_compare_goes_on_with_the_arguments_that_were_typed(tmp_path, capsys, mo
     assert set(s['methods']) == {'ce', 'ls@0.1', 'ls@0.3'} and s['seeds'] == 2 and s['data'] == 'iris'
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_doctor():
     done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'fastai_smooth.cli', 'doctor'], capture_output=True, text=True)

@@ -1,6 +1,5 @@
 "Every notebook runs from top to bottom, in its own process, and has been committed with its outputs"
 import json
-import multiprocessing
 from pathlib import Path
 
 import notebooks
@@ -14,20 +13,12 @@ pytestmark = pytest.mark.notebook
 TORCH_ONLY = '0', '1', '2', '3'  # notebooks of rooms that do without fastai, which changes how torch compares tensors
 
 
-def context_for(path):
-    "Processes that start with fastai loaded, where the system can fork them from one that has it"
-    if path.name.startswith(TORCH_ONLY) or 'forkserver' not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context('spawn')
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([*notebooks.FASTAI, 'notebooks'])
-    return context
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path, tmp_path):
-    p = context_for(path).Process(target=notebooks.run, args=(str(path), str(ROOT), str(tmp_path/'log')))
-    p.start()
-    p.join()
-    assert p.exitcode == 0, (tmp_path/'log').read_text(encoding='utf-8')[-3000:]
+    log = tmp_path/'log'
+    failed = notebooks.fails(str(path), str(log), str(ROOT), notebooks.TORCH if path.name.startswith(TORCH_ONLY) else notebooks.FASTAI)
+    assert not failed, log.read_text(encoding='utf-8')[-3000:]
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)

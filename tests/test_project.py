@@ -213,3 +213,13 @@ def test_no_machine_paths_or_addresses():
     for p in [*ROOT.glob('*.md'), *ROOT.glob('nbs/**/*.ipynb'), *ROOT.glob('fastai_smooth/**/*.py'), *ROOT.glob('.ci/*')]:
         found = re.findall(r'(?<![\w.])/(?:work|root|home|tmp)/\w+|site-packages', p.read_text(encoding='utf-8'))
         assert not found, f'{p.name}: {found[:3]}'
+
+
+def test_links_between_pages_lead_somewhere():
+    "Text of notebooks and of the files beside README"
+    pages = [(ROOT/name, (ROOT/name).read_text(encoding='utf-8')) for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]
+    for p in (ROOT/'nbs').rglob('*.ipynb'):
+        pages += [(p, ''.join(c['source'])) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+    links = [(p, link) for p, text in pages for link in re.findall(r'\]\((?!\w+:)([^)#\s]+)', text) if re.search(r'\.\w+$', link)]
+    assert len(links) > 50
+    assert not [f'{p.name}: {link}' for p, link in links if not (p.parent/link).exists()]

@@ -5,7 +5,7 @@ from .intervals import calibrated_error, calibration_test, intervals
 from . import label_issues # gives the Learner `find_label_issues`
 from .metrics import AUGRC, AURC, ECE, MCE, NLL, AdaptiveECE, Brier, ClasswiseECE, DebiasedCE, SmoothECE
 from .predictions import Predictions, gather
-from .temperature import ScaledModel, TemperatureScaling, cross_fit, fit_temperature, nll_split
+from .temperature import ScaledModel, TemperatureScaling, cross_fit, fit_temperature, folds_of, nll_split
 
 __all__ = ['AUGRC', 'AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'CalibrationInterpretation', 'ClasswiseECE', 'DebiasedCE', 'Predictions',
            'ScaledModel', 'SmoothECE', 'SuggestedEps', 'TemperatureScaling', 'calibrated_error', 'calibration_test', 'cross_fit', 'fit_temperature', 'gather',

@@ -232,12 +232,12 @@ class CalibrationInterpretation(_LastLayer):
     "Whether the probabilities of a learner can be believed"
     def summary(self)->str: # A few sentences
         "What the pictures show, in words"
-        f,s = self.predictions.figures(),self.scores()
+        f,s,floor = self.predictions.figures(),self.scores(),calibrated_error(self.predictions, ['ece'])['ece']
         confidence,right = self.confidence()
         gap = confidence.mean()-right.mean() if not self.predictions.binary else 0.
         sure = 'overconfident' if gap > 0 else 'underconfident'
         lines = [f"Of {len(self.predictions)} predictions {f['accuracy']:.1%} are right; NLL {f['nll']:.3f}, Brier score {f['brier']:.3f}.",
-                 f"Reliability: ECE {f['ece']:.3f}, largest gap {f['mce']:.3f}" + (
+                 f"Reliability: ECE {f['ece']:.3f} ({floor:.3f} if it were calibrated), largest gap {f['mce']:.3f}" + (
                      '.' if self.predictions.binary else f"; the mean confidence is {confidence.mean():.3f}, so the model is {sure} by {abs(gap):.3f}.")]
         if not self.predictions.binary and 0 < right.sum() < len(right):
             lines.append(f"Confidence: {confidence[right > .5].mean():.3f} where it is right and {confidence[right <= .5].mean():.3f} where it is wrong.")

@@ -23,6 +23,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import fit_one_cycle # noqa: F401  (gives the Learner this method)
 from fastai.learner import Learner
@@ -34,10 +35,11 @@ from .methods import parse_method
 from .page import write_report
 from .pictures import plot_reliability, png_of
 from .question import Question
-from .scores import METRICS, loss_of, predictions_of, score_all
+from .scores import METRICS, at_best_epoch, loss_of, predictions_of, score_all
 from .verdict import Evidence, differences, mean_ci, verdict
 from ..data import corrupt_labels
 from ..run_folder import atomic, read_config, write_text
+from ..time_estimate import TimeEstimate
 
 # %% ../../nbs/77_compare.comparison.ipynb #b2875a8c
 PIXELS = 100_000 # of a validation set of masks that are scored, drawn alike from every image
@@ -60,9 +62,19 @@ def pixels_of(learn, items, seed, shown):
     return (*(np.concatenate(v) for v in (logits, labels, owners)),masks)
 
 # %% ../../nbs/77_compare.comparison.ipynb #e35d8875
+class _EachEpoch(Callback):
+    "Keeps the logits of the validation of each epoch"
+    def before_fit(self): self.logits = []
+    def before_validate(self): self.batches = []
+    def after_pred(self):
+        if not self.training: self.batches.append(self.pred.detach().cpu())
+    def after_validate(self): self.logits.append(torch.cat(self.batches).numpy())
+
 @dataclass
 class Trainings(Question):
     "The trainings that answer the question"
+    watching = () # callbacks of the next training
+
     def learner(self,
         method:str, # One of `methods`, or the name of another
         seed:int, # Decides split, noise, initial weights and order of batches
@@ -70,31 +82,41 @@ class Trainings(Question):
         "The learner of one run"
         set_seed(seed, reproducible=True)
         train,valid = self._split(seed)
-        labels,method = self.labels.copy(),self.method_of.get(method) or parse_method(method, self.eps, self.noise)
+        method = self.method_of.get(method) or parse_method(method, self.eps, self.noise)
+        labels = self._shares(method, train) if self.voted else self.source.labels.copy()
         kind = 'asymmetric' if self.confused else 'symmetric'
         if method.noise: labels[train] = corrupt_labels(labels[train], method.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
         dls = self.source.dls(labels, (train, valid), self.bs, self.size)
         model = self._network()
-        learn = Learner(dls, model, loss_func=loss_of(labels), cbs=method.callbacks(dls, self.kind, self.vocab))
+        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=method.callbacks(dls, self.kind, self.vocab))
         return learn.remove_cbs(ProgressCallback)
+
+    def _shares(self, method, train):
+        "Votes as targets: those of validation as they are, in training the majority label, the votes, or these and some in advance"
+        shares = self.source.shares()
+        if 'votes' in method.parts: shares[train] = self.source.shares(method.eps if 'dirichlet' in method.parts else 0.)[train]
+        else: shares[train] = np.eye(len(self.vocab))[self.source.labels[train]]
+        return shares
 
     def train(self,
         method:str, # See `learner`
         seed:int, # See `learner`
     )->dict: # Logits, labels and item numbers of the validation set, and the losses by epoch
         "Train one method with one seed"
-        learn = self.learner(method, seed)
+        learn,each = self.learner(method, seed).add_cbs(self.watching),_EachEpoch()
+        best = (self.method_of.get(method) or parse_method(method, self.eps, self.noise)).best
         items = np.asarray(self._split(seed)[1])
         with learn.no_logging():
-            learn.fit_one_cycle(self.epochs, self.lr)
+            learn.fit_one_cycle(self.epochs, self.lr, cbs=[each] if best else None)
             losses = np.array([v[:2] for v in learn.recorder.values], dtype=np.float64) # before the prediction starts a new record
             shown = {}
             if self.kind == 'masks': logits,labels,items,shown = pixels_of(learn, items, seed, set(items[:SHOWN].tolist()))
             else: logits,labels = (t.numpy() for t in learn.get_preds(act=torch.nn.Identity()))
-        if self.labels.ndim == 1: labels = labels.reshape(-1) # of a table (N, 1)
-        if not np.isfinite(logits).all():
-            raise ValueError(f"{method} with seed {seed} has come to predictions that are no numbers (nan): try a lower --lr than {self.lr:g}.")
-        res = dict(logits=logits, labels=labels, items=items, losses=losses)
+        if self.source.labels.ndim == 1 and not self.voted: labels = labels.reshape(-1) # of a table (N, 1)
+        if best: logits = at_best_epoch(each.logits, labels, self.voted)
+        diverged = not np.isfinite(logits).all()
+        if diverged: logits = np.zeros_like(logits) # which say nothing: all classes alike
+        res = dict(logits=logits, labels=labels, items=items, losses=losses, diverged=diverged, **(dict(shares=np.array(True)) if self.voted else {}))
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
 
 # %% ../../nbs/77_compare.comparison.ipynb #f9401358
@@ -117,7 +139,10 @@ def _here(settings, threads, fingerprint):
     if trainings.fingerprint != fingerprint: raise ValueError(f"{trainings.data} has changed since the comparison was started.")
     return trainings
 
-def _train_here(comparison, method, seed): return _here(*comparison).train(method, seed)
+def _train_here(comparison, method, seed, watching):
+    trainings = _here(*comparison)
+    trainings.watching = watching
+    return trainings.train(method, seed)
 
 # %% ../../nbs/77_compare.comparison.ipynb #4ab942d3
 @dataclass
@@ -137,7 +162,7 @@ class Comparison(Trainings):
             vars(self).pop('_together', None) # what pictures have kept of an earlier run
             runs = [(m, s) for s in self._seeds for m in self.methods]
             bar = progress_bar(range(len(runs))) if progress else range(len(runs))
-            for (method, seed), res, _ in zip(runs, self._results(runs), bar):
+            for (method, seed), res, _ in zip(runs, self._results(runs, progress), bar):
                 if progress: bar.comment = f'{method}, seed {seed}'
                 self.predictions[method,seed] = res
                 figures,self.examples[method,seed] = score_all(**res)
@@ -153,15 +178,19 @@ class Comparison(Trainings):
         "How many seeds the earlier verdicts on these runs had"
         return [] if self.out is None else [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
 
-    def _results(self, runs):
+    def _results(self, runs, progress=False):
         "The results of all runs, in order: those that are there already, and the others as they are done"
+        missing = [run for run in runs if self._stored(*run) is None]
+        first = [TimeEstimate(len(missing)/self.jobs)] if progress else () # the first run says how long all take
         if self.jobs == 1:
-            for run in runs: yield self._stored(*run) or self._keep(self.train(*run), *run)
+            for run in runs:
+                self.watching = first if run in missing[:1] else ()
+                yield self._keep(self.train(*run), *run) if run in missing else self._stored(*run)
             return
         settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'jobs'))
-        missing = [run for run in runs if self._stored(*run) is None]
         task = joblib.delayed(_train_here)
-        trained = joblib.Parallel(self.jobs, return_as='generator')(task((settings, self.threads, self.fingerprint), *run) for run in missing)
+        here = settings,self.threads,self.fingerprint
+        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *run, first if run in missing[:1] else ()) for run in missing)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind
@@ -209,7 +238,7 @@ class Comparison(Trainings):
         labels, # (N,), or multi-hot (N, K)
     ): # `Predictions`
         "Logits and labels as something to score"
-        return predictions_of(logits, labels)
+        return predictions_of(logits, labels, self.voted)
 
     def best_method(self)->str:
         "The method with the lowest negative log-likelihood after temperature"

@@ -20,6 +20,7 @@ from ..distributions import ClassPrior, Online, Similarity, Spatial, Taxonomy, Z
 SMOOTH = {'ls': "to all classes alike", 'prior': "by class frequency", 'similarity': "to classes whose mean training image is similar",
           'taxonomy': "by a tree: class names that are paths, such as animal/cat", 'ols': "online: by the model's own predictions",
           'zipf': "by rank of the prediction", 'spatial': "to the classes of the pixels around"}
+VOTES = 'votes','dirichlet' # train on the votes; each class gets ε votes in advance
 MIXERS = {'mixup': MixUp, 'cutmix': CutMix}
 KINDS = {'images': {*SMOOTH, *MIXERS}-{'spatial'}, 'masks': {*SMOOTH, *MIXERS}-{'similarity'}, 'texts': {*SMOOTH}-{'similarity', 'spatial'},
          'table': {*SMOOTH}-{'similarity', 'spatial'}}
@@ -39,7 +40,8 @@ def similarity_of(dls, n_classes):
     "The similarity of the classes' mean training images"
     sums,counts = 0.,torch.zeros(n_classes, dtype=torch.float64)
     for x, y in dls.train.new(shuffle=False, drop_last=False):
-        which = torch.nn.functional.one_hot(y.as_subclass(torch.Tensor), n_classes).double().cpu()
+        y = y.as_subclass(torch.Tensor)
+        which = (y if y.is_floating_point() else torch.nn.functional.one_hot(y, n_classes)).double().cpu()
         sums,counts = sums + which.T @ x.as_subclass(torch.Tensor).flatten(1).double().cpu(),counts + which.sum(0)
     means = sums/counts[:,None].clamp(min=1)
     return Similarity.from_embeddings(means-means.mean(0), temperature=.3)
@@ -64,16 +66,17 @@ class Method:
     noise:float=0. # Share of wrong training labels, in [0, 1)
     own_eps:bool=False # Whether the strength is part of the name
     own_noise:bool=False # Whether the label noise is part of the name
+    best:bool=False # Whether it is scored at its best epoch on other validation examples, rather than at the last
 
     @property
     def plain(self)->str:
         "The name without strength and noise"
-        return '+'.join(self.parts)
+        return '+'.join(self.parts)+('@best' if self.best else '')
 
     @property
     def smoothing(self)->str|None:
         "The part that smooths"
-        return next((p for p in self.parts if p in SMOOTH), None)
+        return next((p for p in self.parts if p in SMOOTH or p == 'dirichlet'), None)
 
     @property
     def mixers(self)->tuple:
@@ -83,12 +86,12 @@ class Method:
     @property
     def is_baseline(self)->bool:
         "Whether this is plain cross entropy"
-        return self.parts == ('ce',)
+        return self.parts == ('ce',) and not self.best
 
     @property
     def key(self)->tuple:
         "The same for two names of one method"
-        return frozenset(self.parts),self.eps if self.smoothing else 0.,self.noise
+        return frozenset(self.parts),self.eps if self.smoothing else 0.,self.noise,self.best
 
     def varied(self,
         eps:float|None=None, # Another strength. None: as it is
@@ -103,17 +106,21 @@ class Method:
     def check(self,
         kind:str, # One of `KINDS`
         several:bool=False, # Whether an example has several labels
+        voted:bool=False, # Whether an example has votes
     ):
         "Refuse a part that the data do not allow: ValueError"
-        wrong = next((p for p in self.parts if p != 'ce' and p not in KINDS[kind]), None)
+        if not voted and {*VOTES} & {*self.parts}:
+            raise ValueError(f"The method {self.name!r} needs votes: name a CSV, and with --votes what stands between them, or with --labels their columns.")
+        wrong = next((p for p in self.parts if p not in ('ce', *VOTES, *KINDS[kind])), None)
         if wrong is not None:
             of = 'a table' if kind == 'table' else kind
             fitting = ', '.join(p for p in ('ce', *SMOOTH, *MIXERS) if p == 'ce' or p in KINDS[kind])
             raise ValueError(f"The method {wrong!r} does not fit {of}: use {fitting}.")
         if several and self.smoothing not in (None, 'ls'):
             raise ValueError(f"The method {self.smoothing!r} spreads mass over exclusive classes: with several labels per example use ls.")
-        if self.noise and (several or kind == 'masks'):
-            raise ValueError("noise puts another class in the place of the right one, and several labels per example, or masks, have no such one: "
+        if self.best and kind == 'masks': raise ValueError("ce@best keeps the predictions of every epoch, which are too many of masks: leave it out.")
+        if self.noise and (several or voted or kind == 'masks'):
+            raise ValueError("noise puts another class in the place of the right one, and several labels per example, votes or masks have no such one: "
                              "leave it out.")
 
     def callbacks(self,
@@ -125,30 +132,35 @@ class Method:
         mixers = [CutMixMask() if kind == 'masks' and name == 'cutmix' else MIXERS[name]() for name in self.mixers]
         if not mixers and not self.smoothing: return []
         vocab = vocab if vocab is not None or dls is None else list(dls.vocab)
-        dist = smoothing_dist(self.smoothing, dls, vocab) if self.smoothing and dls is not None else None
+        smoothing = self.smoothing if self.smoothing in SMOOTH else None # votes in advance are in the targets
+        dist = smoothing_dist(smoothing, dls, vocab) if smoothing and dls is not None else None
         n_classes = len(vocab) if kind == 'masks' and vocab is not None else None
-        smoothing = LabelSmoothing(self.eps if self.smoothing else 0., dist, n_classes=n_classes)
-        return [smoothing, *([OneOf(*mixers)] if len(mixers) > 1 else mixers)]
+        callback = LabelSmoothing(self.eps if smoothing else 0., dist, n_classes=n_classes)
+        return [callback, *([OneOf(*mixers)] if len(mixers) > 1 else mixers)]
 
 # %% ../../nbs/71_compare.methods.ipynb #cd2b39e9
 def parse_method(
-    name:str, # 'ce', or parts joined by '+': 'ls', 'mixup', 'mixup+ls', 'mixup+cutmix+ls', 'ols', 'mixup+ls@.3', 'ls~.2', ...
+    name:str, # 'ce', 'ce@best', or parts joined by '+': 'ls', 'mixup', 'mixup+ls', 'mixup+cutmix+ls', 'ols', 'mixup+ls@.3', 'ls~.2', ...
     eps:float=.1, # Smoothing strength of a method that does not name its own after @
     noise:float=0., # Label noise of a method that does not name its own after ~
 )->Method:
     "Read the name of a method. An unknown part, or more than one way to smooth: ValueError"
     plain,tilde,own_noise = name.partition('~')
     parts,at,own_eps = plain.partition('@')
+    best = (parts, own_eps) == ('ce', 'best')
+    if best: at = ''
     try: eps,noise = float(own_eps) if at else eps,float(own_noise) if tilde else noise
     except ValueError: raise ValueError(f"What follows @ or ~ in {name!r} is not a number.") from None
     named = f' in {name!r}' if at or tilde else ''
     if not 0 <= eps <= 1: raise ValueError(f"eps must lie in [0, 1], but got {eps}{named}.")
     if not 0 <= noise < 1: raise ValueError(f"noise must lie in [0, 1), but got {noise}{named}.")
     parts = tuple(parts.split('+'))
-    unknown = [p for p in parts if p not in ('ce', *SMOOTH, *MIXERS)]
-    if unknown or len(set(parts)) < len(parts) or ('ce' in parts and len(parts) > 1) or sum(p in SMOOTH for p in parts) > 1:
-        raise ValueError(f"Unknown method {name!r}: use 'ce', or one of {', '.join(map(repr, SMOOTH))} and any of 'mixup' and 'cutmix', such as 'mixup+ls'.")
-    return Method(name, parts, eps, noise, bool(at), bool(tilde))
+    unknown = [p for p in parts if p not in ('ce', *VOTES, *SMOOTH, *MIXERS)]
+    twice = sum(p in SMOOTH or p == 'dirichlet' for p in parts) > 1 or 'dirichlet' in parts and 'votes' not in parts
+    if unknown or len(set(parts)) < len(parts) or ('ce' in parts and len(parts) > 1) or twice:
+        raise ValueError(f"Unknown method {name!r}: use 'ce', or one of {', '.join(map(repr, SMOOTH))} and any of 'mixup' and 'cutmix', such as 'mixup+ls'; "
+                         "of votes also 'votes' and 'votes+dirichlet'.")
+    return Method(name, parts, eps, noise, bool(at), bool(tilde), best)
 
 def read_method(
     name:str, # See `parse_method`

@@ -59,7 +59,7 @@ def together(comparison, method, after=False)->Predictions:
     "All seeds of a method, perhaps after temperature. Kept by the comparison, since fitting takes longer than drawing"
     kept = vars(comparison).setdefault('_together', {})
     if (method, after) in kept: return kept[method,after]
-    runs = [(predictions_of(p['logits'], p['labels']), p['items']) for p in runs_of(comparison, method)]
+    runs = [(predictions_of(p['logits'], p['labels'], 'shares' in p), p['items']) for p in runs_of(comparison, method)]
     if after:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # of temperatures that the data don't tell: the verdict counts them
@@ -241,7 +241,7 @@ class _Batch(Callback):
 
 def plot_targets(comparison, n=5)->Figure|None:
     "What the loss sees of one batch: the input, what the mixer made of it, and the target after mixing and smoothing"
-    methods = [m for m in map(parse_method, comparison.methods) if not m.is_baseline and m.smoothing != 'zipf'] # zipf ranks predictions: there are none yet
+    methods = [m for m in map(parse_method, comparison.methods) if (m.mixers or m.smoothing) and m.smoothing != 'zipf'] # which ranks predictions
     if not methods: return None
     method = max(methods, key=lambda m: (len(m.parts) > 1, m.smoothing == 'ls'))
     learn,before,after = comparison.learner(method.name, 0),_Batch(-200),_Batch(99)
@@ -286,7 +286,7 @@ def plot_errors(comparison, n=8)->Figure|None:
     if comparison.several or comparison.kind == 'masks': return None
     rows = []
     for p in runs_of(comparison, comparison.best_method()):
-        found = CalibrationInterpretation(predictions_of(p['logits'], p['labels']), comparison.vocab).top_confident_errors(n)
+        found = CalibrationInterpretation(predictions_of(p['logits'], p['labels'], 'shares' in p), comparison.vocab).top_confident_errors(n)
         rows += [(r.confidence, int(p['items'][r['index']]), str(r.label), str(r.predicted)) for _, r in found.iterrows()]
     seen = {}
     for row in sorted(rows, reverse=True): seen.setdefault(row[1], row) # an example once, over the seeds

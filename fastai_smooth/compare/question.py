@@ -19,13 +19,13 @@ import torch
 
 from .methods import each_method, parse_method, tree_of
 from .verdict import count
-from ..data import NETWORKS, network_for, read_source, transition_matrix
-from ..run_folder import RunFolder
+from ..data import NETWORKS, batch_size_for, network_for, read_source, transition_matrix
+from ..run_folder import RunFolder, check_elsewhere
 
 # %% ../../nbs/76_compare.question.ipynb #d261de2b
 DEFAULT = ('ce', 'ls', 'mixup', 'mixup+ls')
+VOTED = ('ce', 'votes', 'votes+dirichlet') # the majority label, the votes, the votes and some in advance
 EPOCHS = {'digits': 12, 'mnist5k': 6, 'multi_digits': 12, 'digit_masks': 12, 'docstrings': 6} # and 10 of anything else
-RUNS = 'fastai_smooth_runs' # the folder of results by default, which readers of data leave out
 LEARNING_RATES = {'images': 3e-3, 'masks': 1e-2, 'texts': 5e-3, 'table': 5e-3}
 
 def parse_pairs(
@@ -38,6 +38,14 @@ def parse_pairs(
     same = next((a for a, b in pairs.items() if a == b), None)
     if same is not None: raise ValueError(f"pairs must confuse a class with another one, but got {same}:{same}.")
     return pairs
+
+def check_used(question):
+    "Refuse an option that would have no effect: ValueError"
+    methods,named = question.method_of.values(),','.join(question.methods)
+    if question.eps != .1 and not any(m.smoothing for m in methods): raise ValueError(f"--eps {question.eps:g} is for methods that smooth, unlike {named}.")
+    if question.pairs and not any(m.noise for m in methods): raise ValueError(f"--pairs {question.pairs} is for label noise: say how much, as in --noise .2.")
+    if question.source.split is not None and question.valid_pct != .2:
+        raise ValueError(f"--valid-pct {question.valid_pct} is for data without a split, but {question.data} says which are for validation: leave it out.")
 
 def several_of(value, name):
     "One number or several, as a list. None of them: ValueError"
@@ -59,7 +67,7 @@ class Arguments:
     arch:str|None=None # A network of `NETWORKS`, or a timm model for images, a torchvision model for masks. None: what suits the data
     weights:str|None=None # File with a state dict to start from
     pretrained:bool=False # Whether to start from timm's weights, which are downloaded once
-    bs:int=64 # Batch size
+    bs:int|None=None # Batch size. None: 64, or less where that makes fewer than eight batches
     size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, of files at most 128
     valid_pct:float=.2 # Share of the validation set, where the data don't say which it is
     delimiter:str|None=None # Between several labels in a CSV
@@ -67,6 +75,8 @@ class Arguments:
     out:str|None=None # Folder for the results. None: nothing is written
     resume:bool=False # Go on with the run in `out`
     lr:float|None=None # Highest learning rate. None: what suits the data
+    votes:str|None=None # Between the votes of a CSV, such as 'cat;cat;dog'
+    labels:tuple|None=None # Columns of a CSV with counts or probabilities, which are the classes
     ignore:int|None=None # Number in mask files of pixels to be ignored
     target:str|None=None # Column of the labels of a CSV. None: the one that is called `label`
     skip_broken:bool=False # Leave out what cannot be read, rather than raise
@@ -79,8 +89,10 @@ class Arguments:
         self.eps,self.noise = strengths[0],rates[0]
         for m, eps, noise in itertools.product(self.methods or DEFAULT, strengths, rates): parse_method(m, eps, noise) # before images are read
         self._check_numbers()
+        if self.out is not None: check_elsewhere(self.out, self.data)
         self._read()
-        self.methods = each_method(self.methods if self.methods is not None else DEFAULT if self.kind in ('images', 'masks') else DEFAULT[:2], strengths, rates)
+        own = VOTED if self.voted else DEFAULT if self.kind in ('images', 'masks') else DEFAULT[:2]
+        self.methods = each_method(own if self.methods is None else self.methods, strengths, rates)
         self._check_methods()
         self._check_split()
         self._check_model()
@@ -96,9 +108,9 @@ class Arguments:
 
     def _read(self):
         "Read the data, and choose what suits them where nobody has"
-        self.source = read_source(self.data, self.size, self.delimiter, self.ignore, self.target, self.skip_broken)
+        self.source = read_source(self.data, self.size, self.delimiter, self.ignore, self.target, self.skip_broken, votes=self.votes, labels=self.labels)
         self.kind,self.several,self.unit = self.source.kind,self.source.several,self.source.unit
-        self.labels,self.vocab,self.fingerprint = self.source.labels,self.source.vocab,self.source.fingerprint()
+        self.voted,self.vocab,self.fingerprint = self.source.votes is not None,self.source.vocab,self.source.fingerprint()
         if self.kind in ('texts', 'table') and self.size is not None: raise ValueError(f"size is for images, but {self.data} holds {self.unit}: leave it out.")
         if self.size is None and getattr(self.source, 'files', None) is not None: self.size = self.source.images.shape[-1]
         if self.arch is None: self.arch = NETWORKS[self.kind]
@@ -107,25 +119,23 @@ class Arguments:
 
     def _check_methods(self):
         "Each fits the data, and none is named twice; from here on `methods` are names, and `method_of` says what they stand for"
-        for m in self.methods: m.check(self.kind, self.several)
+        for m in self.methods: m.check(self.kind, self.several, self.voted)
         self.method_of = {m.name: m for m in self.methods}
         self.methods = tuple(m.name for m in self.methods)
         if not self.methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
         if len({m.key for m in self.method_of.values()}) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
+        check_used(self)
         if any('taxonomy' in m.parts for m in self.method_of.values()): tree_of(self.vocab)
 
     def _check_split(self):
-        "There is something to train on and something to score. Classes that are too rare to be scored are warned of"
+        "There is something to train on and something to score"
         n = len(self.vocab)
         train,valid = self._split(self.seed0)
         self.n_train,self.n_valid = len(train),len(valid)
         for rate in {m.noise for m in self.method_of.values() if self.confused}: transition_matrix(rate, n, 'asymmetric', self.confused)
         if self.n_valid < 4: raise ValueError(f"valid_pct={self.valid_pct} leaves {self.n_valid} validation {self.unit} for {n} classes: use a larger share.")
-        if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training {self.unit}.")
-        self.rare = []
-        if self.labels.ndim == 1:
-            least = np.min([np.bincount(self.labels[self._split(seed)[1]], minlength=n) for seed in self._seeds], 0)
-            self.rare = [str(self.vocab[k]) for k in np.flatnonzero(least < 2)]
+        if self.bs is None: self.bs = batch_size_for(self.n_train)
+        if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training {self.unit}: use a smaller --bs.")
 
     @property
     def _seeds(self): return range(self.seed0, self.seed0+self.seeds)
@@ -133,7 +143,7 @@ class Arguments:
     def _split(self, seed):
         "The item numbers of the training and of the validation set"
         try: return self.source.splits(self.valid_pct, seed)
-        except ValueError as e: raise ValueError(f"valid_pct={self.valid_pct} does not split {len(self.labels)} {self.unit}: {e}") from None
+        except ValueError as e: raise ValueError(f"valid_pct={self.valid_pct} does not split {len(self.source)} {self.unit}: {e}") from None
 
     def _network(self):
         shape = self.source.sample(self.size)[0].shape[-2:]
@@ -155,8 +165,8 @@ class Question(Arguments):
     "What is compared, and on which data. Bad arguments: ValueError"
     @property
     def config(self)->dict: # What decides the figures of a run
-        names = ('data', 'delimiter', 'ignore', 'target', 'skip_broken', 'eps', 'noise', 'pairs', 'epochs', 'lr', 'arch', 'weights', 'pretrained', 'bs', 'size',
-                 'valid_pct', 'seed0', 'fingerprint')
+        names = ('data', 'delimiter', 'votes', 'labels', 'ignore', 'target', 'skip_broken', 'eps', 'noise', 'pairs', 'epochs', 'lr', 'arch',
+                 'weights', 'pretrained', 'bs', 'size', 'valid_pct', 'seed0', 'fingerprint')
         digest = self.weights and joblib.hash(Path(self.weights).read_bytes())
         return {**{k: getattr(self, k) for k in names}, 'weights_digest': digest, 'threads': self.threads}
 
@@ -168,32 +178,26 @@ class Question(Arguments):
         "The arguments that repeat this comparison"
         named = {k: v for k, v in self.config.items() if k not in ('data', 'fingerprint', 'weights_digest', 'threads')}
         options = {'methods': ','.join(self.methods), **named, 'seeds': self.seeds}
+        if self.labels: options['labels'] = ','.join(self.labels)
         flags = [f"--{k.replace('_', '-')}" for k in ('pretrained', 'skip_broken') if options.pop(k)]
         return [self.data, *(a for k, v in options.items() if v is not None for a in (f"--{k.replace('_', '-')}", str(v))), *flags]
 
     def _check_out(self):
-        self.out,data = Path(self.out),Path(self.data)
-        inside = data.is_dir() and data.resolve() in self.out.resolve().parents
-        if inside and RUNS not in self.out.resolve().relative_to(data.resolve()).parts:
-            raise ValueError(f"{self.out} lies inside the data folder {data}, where its pictures would be read as images next time: name a folder elsewhere.")
+        self.out = Path(self.out)
         self._folder = RunFolder(self.out, self.config, self.resume)
 
     def describe(self)->str: # A line for each thing
         "What was understood, before anything runs"
-        pixels = ', a sample of their pixels' if self.kind == 'masks' else ''
+        pixels = ', a sample of their pixels' if self.kind == 'masks' else ', by its votes' if self.voted else ''
         size = [f'{self.size} by {self.size} pixels'] if self.size and self.kind in ('images', 'masks') else []
         training = [self.arch, *size, count(self.epochs, 'epoch'), f'batches of {self.bs}', f'learning rate {self.lr:g}', count(self.seeds, 'seed')]
         smooths = any(m.smoothing and not m.own_eps for m in self.method_of.values())
-        lines = [f"{self.source.describe(self._split(self.seed0))}; each of these {self.unit} is scored once{pixels}", ', '.join(training),
+        lines = [self.source.describe(*map(self._split, self._seeds)), f"each validation example is scored once{pixels}", ', '.join(training),
                  f"methods: {', '.join(self.methods)}"+(f"; ε = {self.eps:g}" if smooths else '')]
         rates = sorted({m.noise for m in self.method_of.values()})
         if any(rates):
             of = ''
-            if self.confused: of = f' of the classes in pairs, {np.isin(self.labels, list(self.confused)).mean()*max(rates):.1%} of all labels'
+            if self.confused: of = f' of the classes in pairs, {np.isin(self.source.labels, list(self.confused)).mean()*max(rates):.1%} of all labels'
             lines.append(f"label noise, in training only: {', '.join(f'{r:g}' for r in rates)}{of}")
-        if self.rare:
-            names = ', '.join(self.rare[:5])+(', ...' if len(self.rare) > 5 else '')
-            lines.append(f"Warning: fewer than two validation {self.unit} in some split of {names}: what is said of these classes is worth little; "
-                         "about 10 to 20 examples of a class are needed.")
         if self.out is not None: lines.append(f"results: {self.out}")
         return '\n'.join(lines)

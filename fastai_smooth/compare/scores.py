@@ -14,24 +14,27 @@ import numpy as np
 import torch
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 
-from ..calibration import Predictions, cross_fit, fit_temperature
+from ..calibration import Predictions, calibrated_error, cross_fit, fit_temperature, folds_of
+from ..losses import LabelSmoothingCrossEntropy
 
 # %% ../../nbs/72_compare.scores.ipynb #145b0c79
 METRICS = 'accuracy nll ece brier aurc temperature nll_ts ece_ts brier_ts'.split()
-MORE = 'ece_null ece_null_ts nll_chance at_bound untold'.split()
+MORE = 'ece_null ece_null_ts nll_chance at_bound untold diverged'.split()
 
 # %% ../../nbs/72_compare.scores.ipynb #69edb550
-def loss_of(labels):
-    "The plain loss of one label per example, of several, or of one per pixel"
+def loss_of(labels, shares=False):
+    "The plain loss of one label per example, of several, of shares of the classes, or of one per pixel"
+    if shares: return LabelSmoothingCrossEntropy(0.)
     return BCEWithLogitsLossFlat() if labels.ndim == 2 else CrossEntropyLossFlat(axis=1 if labels.ndim == 3 else -1)
 
 def predictions_of(
     logits, # (N, K)
     labels, # (N,), or multi-hot (N, K); of masks, a label per pixel (N,)
+    shares:bool=False, # Whether the labels are shares of the classes (N, K)
 )->Predictions:
     "Logits and labels, of one or of several per example, as something to score"
     labels = torch.as_tensor(labels)
-    return Predictions.of(torch.as_tensor(logits), labels.float() if labels.ndim == 2 else labels, loss_of(labels))
+    return Predictions.of(torch.as_tensor(logits), labels.float() if labels.ndim == 2 else labels, loss_of(labels, shares))
 
 def after_temperature(
     predictions:Predictions, # As trained
@@ -41,11 +44,22 @@ def after_temperature(
     if items is not None: predictions.example = torch.as_tensor(items) # folds are cut by example
     return cross_fit(predictions)
 
-def ece_null(predictions, bins=15):
-    "The ECE that a calibrated model with these confidences would show"
-    p = predictions.p.max(1).values if not predictions.binary else predictions.p[~predictions.q.isnan()]
-    place = (p*bins).long().clamp(max=bins-1)
-    return float((2/torch.pi*torch.zeros(bins, dtype=torch.float64).index_add(0, place, p*(1-p))).sqrt().sum()/len(p))
+def at_best_epoch(
+    each, # Logits of each epoch, (E, N, K)
+    labels, # (N,), or multi-hot (N, K)
+    shares:bool=False, # Whether the labels are shares of the classes (N, K)
+): # Logits (N, K)
+    "The logits of each example in the epoch that has the lowest NLL after temperature on the examples of the other folds"
+    epochs,chosen = [predictions_of(z, labels, shares) for z in each if np.isfinite(z).all()],np.array(each[-1])
+    if not epochs: return chosen
+    def nll(p):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return p.scaled(fit_temperature(p)).figures(['nll'])['nll']
+    for fold in folds_of(epochs[0]):
+        best = min(epochs, key=lambda p: nll(p[~fold]))
+        chosen[fold.numpy()] = best.z[fold].numpy()
+    return chosen
 
 def chance_of(predictions:Predictions)->float:
     "The NLL of the frequencies of the labels"
@@ -71,10 +85,12 @@ def score_all(
     logits, # (N, K)
     labels, # (N,), or multi-hot (N, K)
     items=None, # Numbers of the examples, (N,). None: a row each
+    diverged:bool=False, # Whether the training did
+    shares=False, # Whether the labels are shares of the classes (N, K)
     **others # Ignored
 )->tuple: # A dict with a number for each of `METRICS` and `MORE`, and a dict of what each example contributes
     "All figures of one trained model"
-    predictions = predictions_of(logits, labels)
+    predictions = predictions_of(logits, labels, bool(shares))
     with warnings.catch_warnings(record=True) as said: # of temperatures that the data don't tell: the verdict counts them
         warnings.simplefilter('always')
         after,folds = after_temperature(predictions, items)
@@ -82,8 +98,10 @@ def score_all(
     figures = {**predictions.figures(('accuracy', 'nll', 'ece', 'brier', 'aurc')), 'temperature': temperature}
     figures |= {f'{k}_ts': v for k, v in after.figures(('nll', 'ece', 'brier')).items()}
     ends = torch.cat([torch.as_tensor(t, dtype=torch.float64).reshape(-1) for t in folds])
-    figures |= dict(ece_null=ece_null(predictions), ece_null_ts=ece_null(after), nll_chance=chance_of(predictions),
-                    at_bound=float(((ends < .0101) | (ends > 99)).any()), untold=float(bool(said))) # T lies in [.01, 100]
+    null = lambda p: calibrated_error(p, ['ece'])['ece']
+    figures |= dict(ece_null=null(predictions), ece_null_ts=null(after), nll_chance=chance_of(predictions),
+                    at_bound=float(((ends < .0101) | (ends > 99)).any()), untold=float(bool(said) and not diverged), # T lies in [.01, 100]
+                    diverged=float(diverged))
     return figures,per_example(after, np.arange(len(logits)) if items is None else items)
 
 # %% ../../nbs/72_compare.scores.ipynb #4a8dc99a

@@ -228,12 +228,15 @@ def calibration_of(rows, best, base):
 def notes_of(evidence):
     "What else there is to know of the runs. None of it is a finding"
     rows,names,runs = evidence.rows,evidence.methods,count(len(evidence.seeds), 'run')
-    notes = [f"{m} learned nothing in {n} of {runs} (NLL after temperature not below that of the class frequencies): more epochs, or another learning rate."
-             for m, n in evidence.failed.items()]
+    times = {m: [int(sum(r.get(k, 0) for r in rows if r['method'] == m)) for k in ('diverged', 'at_bound', 'untold')] for m in names}
+    notes = [f"{m} diverged in {n} of {runs}: its predictions were no numbers (nan), which are scored as chance. Try a lower --lr."
+             for m, (n, _, _) in times.items() if n]
+    notes += [f"{m} learned nothing in {n-times[m][0]} of {runs} (NLL after temperature not below that of the class frequencies): more epochs, or another "
+              "learning rate." for m, n in evidence.failed.items() if n > times[m][0]]
     for m in names:
-        bound,untold = (sum(r.get(k, 0) for r in rows if r['method'] == m) for k in ('at_bound', 'untold'))
-        if bound: notes.append(f"The temperature of {m} is at the end of its range in {bound:.0f} of {runs}.")
-        elif untold: notes.append(f"The data hardly tell the temperature of {m} in {untold:.0f} of {runs}; a weak prior keeps it near 1.")
+        _,bound,untold = times[m]
+        if bound: notes.append(f"The temperature of {m} is at the end of its range in {bound} of {runs}.")
+        elif untold: notes.append(f"The data hardly tell the temperature of {m} in {untold} of {runs}; a weak prior keeps it near 1.")
     alike = lambda a, b: np.allclose(figures_of(rows, a, PRIMARY), figures_of(rows, b, PRIMARY), 1e-9, 0)
     notes += [f"{a} and {b} gave the same predictions: they are one method here." for i, a in enumerate(names) for b in names[i+1:] if alike(a, b)]
     strengths = {}

@@ -20,10 +20,11 @@ from fastai.vision.data import MaskBlock
 from fasttransform import DisplayedTransform
 from PIL import Image
 
-from .files import LabelledData, image_data, read_source
+from .files import LabelledData, find_source, image_data, own_side
 from .images import open_image, pets_files
 from .loaders import line_dls, random_split
 from .masks import class_numbers, lines_of
+from .soft_labels import SoftCategoryBlock
 
 # %% ../../nbs/56_data.blocks.ipynb #02deab0a
 def first_of(item):
@@ -32,6 +33,13 @@ def first_of(item):
 
 def second_of(item): return item[1]
 
+def side_of(data, s):
+    "The side that images are resized to: as the settings say, or as the images are; then it is noted"
+    if s.get('size') is not None: return s['size']
+    side = data.images.shape[-1] if data.files is None else own_side(data.files)
+    data.notes = [*data.notes, f'resized to {side} by {side} pixels']
+    return side
+
 def FileBlock(): return TransformBlock(type_tfms=open_image, batch_tfms=IntToFloatTensor)
 
 def source_of(path, s, kind):
@@ -39,10 +47,10 @@ def source_of(path, s, kind):
     what = dict(images='a folder with a folder of images per class, or a CSV of files and labels', masks='a folder of images, labels and codes.txt',
                 texts='a CSV with the columns text and label', table='a CSV with a column label')[kind]
     if path is None: raise ValueError(f"This recipe has no data of its own: pass {what}.")
-    csv = Path(path).is_file()
-    data = read_source(path, None, s.get('delimiter') if csv else None, s.get('ignore'), s.get('target') if csv else None, s.get('skip_broken', False), False)
+    in_csv = {k: s.get(k) for k in ('delimiter', 'target', 'votes', 'labels') if Path(path).is_file()}
+    data = find_source(path, ignore=s.get('ignore'), skip_broken=s.get('skip_broken', False), **in_csv)
     if data.kind != kind: raise ValueError(f"This recipe is for {kind}, but {path} holds {data.unit if data.kind != 'masks' else 'masks'}: pass {what}.")
-    return data
+    return data if getattr(data, 'files', None) is None else data.checked(skip_broken=s.get('skip_broken', False))
 
 def finished(dls, data:LabelledData, split, s):
     "DataLoaders that can train, with what was understood of the data as `.described`. Less than a batch: ValueError"
@@ -62,8 +70,9 @@ def block_dls(data, s, y_block, targets, get_y, item_tfms, batch_tfms, dl_type=N
 
 # %% ../../nbs/56_data.blocks.ipynb #779f5f31
 def labelled_dls(data, s, item_tfms, batch_tfms=(), dl_type=None):
-    "DataLoaders of images and their labels"
+    "DataLoaders of images and their labels, or votes"
     vocab = data.vocab
+    if data.votes is not None: return block_dls(data, s, SoftCategoryBlock(vocab), list(data.shares()), second_of, item_tfms, batch_tfms, dl_type)
     names = [[vocab[k] for k in np.flatnonzero(row)] if data.several else vocab[row] for row in data.labels]
     return block_dls(data, s, MultiCategoryBlock(vocab=vocab) if data.several else CategoryBlock(vocab=vocab, sort=False), names, second_of,
                      item_tfms, batch_tfms, dl_type)
@@ -72,12 +81,13 @@ def labelled_dls(data, s, item_tfms, batch_tfms=(), dl_type=None):
 def image_dls(
     path, # Folder with a folder per class, CSV file, or one of `SOURCES`
     s:dict, # Settings of a recipe: delimiter, target, skip_broken, valid_pct, seed, bs, num_workers
-    item_tfms, # Of each image
+    item_tfms=None, # Of each image. None: resized to the size in the settings; if that is None, as they are, at most 128
     batch_tfms=(), # Of each batch
     dl_type=None, # Class of the data loaders
 )->DataLoaders:
     "Images with a class each or, from a CSV with a delimiter, with several"
-    return labelled_dls(source_of(path, s, 'images'), s, item_tfms, batch_tfms, dl_type)
+    data = source_of(path, s, 'images')
+    return labelled_dls(data, s, Resize(side_of(data, s)) if item_tfms is None else item_tfms, batch_tfms, dl_type)
 
 folder_dls = csv_dls = image_dls # one reader takes both
 
@@ -114,7 +124,7 @@ def mask_dls(
     data = source_of(path, s, 'masks')
     ignore,masks = data.ignore,data.masks
     if masks is None: ignore,masks = 255,[Image.fromarray(np.where(m < 0, 255, m).astype(np.uint8)) for m in data.labels]
-    dls = block_dls(data, s, MaskBlock(data.vocab), masks, MaskNumbers(data.as_one), Resize(s['size']),
+    dls = block_dls(data, s, MaskBlock(data.vocab), masks, MaskNumbers(data.as_one), Resize(side_of(data, s)),
                     [] if ignore is None else [IgnoreNumber(ignore)])
     dls.vocab = data.vocab
     return dls
@@ -128,7 +138,7 @@ def texts_dls(
     data = source_of(path, s, 'texts')
     split = data.splits(s['valid_pct'], s['seed'])
     data.tokenizer.length = s.get('length', data.length)
-    return finished(data.dls(data.labels, split, s['bs']), data, split, s)
+    return finished(data.dls(data.labels if data.votes is None else data.shares(), split, s['bs']), data, split, s)
 
 def lines_dls(
     path, # Text file with a text per line

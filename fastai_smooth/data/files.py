@@ -6,10 +6,9 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.files.html.md"""
 
 # %% auto #0
 __all__ = ['SOURCES', 'SIDE', 'LabelledData', 'ImageData', 'image_data', 'MaskData', 'TextData', 'TableData', 'embedded_source',
-           'file_source', 'read_source']
+           'file_source', 'find_source', 'read_source']
 
 # %% ../../nbs/55_data.files.ipynb #39c07cd6
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,14 +28,19 @@ from .masks import check_masks, class_numbers, mask_files
 from .tables import read_table
 
 # %% ../../nbs/55_data.files.ipynb #42266121
-def warn_of_rare(labels, vocab, split, what):
-    "Warn of classes with fewer than two validation examples, by name"
-    total,valid = (labels[s].sum(0) if labels.ndim == 2 else np.bincount(labels[s], minlength=len(vocab)) for s in (slice(None), split[1]))
+def rare_classes(
+    labels, # (N,), or multi-hot (N, K)
+    vocab, # Class names
+    splits:list, # Item numbers of the training and of the validation set, of one split or several
+)->str: # A line, empty if there are none
+    "Say which classes have fewer than two validation examples in some split, by name"
+    def count(items): return labels[items].sum(0) if labels.ndim == 2 else np.bincount(labels[items], minlength=len(vocab))
+    total,valid = count(slice(None)),np.min([count(s[1]) for s in splits], 0)
     rare = np.flatnonzero(valid < 2)
-    if not len(rare): return
+    if not len(rare): return ''
     named = ', '.join(f'{vocab[k]!r} ({valid[k]} of {total[k]})' for k in rare[:5]) + (', ...' if len(rare) > 5 else '')
-    warnings.warn(f"{len(rare)} of {len(vocab)} classes have fewer than two validation examples among the {what}: {named}. They are trained on, but the "
-                  "figures say little about them; 10 to 20 examples per class are needed.")
+    return (f"{len(rare)} of {len(vocab)} classes have fewer than two validation examples{' in some split' if len(splits) > 1 else ''}: {named}. They are "
+            "trained on, but the figures say little about them; 10 to 20 examples per class are needed.")
 
 # %% ../../nbs/55_data.files.ipynb #24bcb792
 @dataclass
@@ -47,6 +51,7 @@ class LabelledData(ABC):
     split:tuple|None=None # Item numbers of the training and validation set, where the data say so
     where:str='' # What the data were read from
     notes:list=field(default_factory=list, repr=False) # What is to be said of them: what was guessed or left out
+    votes:np.ndarray|None=field(default=None, repr=False, kw_only=True) # Counts or probabilities (N, K), of which `labels` are the largest
 
     @property
     @abstractmethod
@@ -79,6 +84,13 @@ class LabelledData(ABC):
 
     def __len__(self): return len(self.labels)
 
+    def shares(self,
+        alpha:float=0. # Votes that each class gets in advance: the mean under a Dirichlet prior
+    )->np.ndarray: # (N, K), sums to 1
+        "The votes as distributions over the classes"
+        votes = self.votes+alpha
+        return votes/votes.sum(1, keepdims=True)
+
     @property
     def several(self)->bool: # Of labels
         "Whether an example has several labels"
@@ -88,27 +100,27 @@ class LabelledData(ABC):
         valid_pct:float=.2, # Share of the validation set, in (0, 1), unless the data say which it is
         seed:int=42, # Seed of the split
     )->tuple: # Item numbers of the training and of the validation set
-        "The split that the data come with, otherwise one in which every class has its share. Classes that are too rare for that: a warning that names them"
+        "The split that the data come with, otherwise one in which every class has its share"
         if self.kind == 'masks': return self.split or random_split(len(self), valid_pct, seed)
-        try: split = self.split or (random_split(len(self), valid_pct, seed) if self.several else stratified_split(self.labels, valid_pct, seed))
+        try: return self.split or (random_split(len(self), valid_pct, seed) if self.several else stratified_split(self.labels, valid_pct, seed))
         except ValueError as e: raise ValueError(f"valid_pct={valid_pct} does not split the {len(self)} {self.unit} of {self.where}: {e}") from None
-        warn_of_rare(self.labels, self.vocab, split, f'{self.unit} of {self.where}')
-        return split
 
     def fingerprint(self)->str: # 16 hexadecimal digits
         "Tells these data from others"
-        return joblib.hash((self.vocab, self.labels, self.split, self.inputs()))[:16]
+        return joblib.hash((self.vocab, self.labels, self.split, self.inputs(), *([] if self.votes is None else [self.votes])))[:16]
 
     def describe(self,
-        splits:tuple|None=None # Item numbers of the training and of the validation set, if they are known
+        *splits:tuple # Item numbers of the training and of the validation set, if they are known; of one split or several
     )->str: # A line for each thing
         "What was understood of the data, before anything is done with them"
         names = ', '.join(map(str, self.vocab[:6])) + (', ...' if len(self.vocab) > 6 else '')
         several = ', several per example' if self.several else ''
         lines = [f"{self.where}: {len(self)} {self.unit}, {len(self.vocab)} classes{several}: {names}", *self.notes]
-        if splits is not None:
+        if splits:
             how = 'as the data say' if self.split is not None else 'drawn'
-            lines.append(f"{len(splits[0])} for training, {len(splits[1])} for validation ({how})")
+            lines.append(f"{len(splits[0][0])} for training, {len(splits[0][1])} for validation ({how})")
+            rare = '' if self.kind == 'masks' else rare_classes(self.labels, self.vocab, splits)
+            if rare: lines.append(f'Warning: {rare}')
         return '\n'.join(lines)
 
 # %% ../../nbs/55_data.files.ipynb #1be89130
@@ -165,7 +177,7 @@ class ImageData(LabelledData):
         return data
 
     @property
-    def per_item(self)->tuple: return 'labels','images','files'
+    def per_item(self)->tuple: return 'labels','images','files','votes'
 
 def image_data(
     where, # What the images were read from
@@ -190,7 +202,7 @@ class MaskData(ImageData):
     @property
     def several(self)->bool: return False
     @property
-    def per_item(self)->tuple: return 'labels','images','files','masks'
+    def per_item(self)->tuple: return 'labels','images','files','votes','masks'
 
     def numbers(self,
         mask, # Class numbers as they are in a file
@@ -303,14 +315,19 @@ def file_source(
     ignore:int|None=None, # Number in the masks of pixels to be ignored
     target:str|None=None, # Column of the labels of a CSV
     skip_broken:bool=False, # Leave out rows without an item or a label, and missing files
+    votes:str|None=None, # Between votes in a cell of a CSV
+    labels=None, # Columns of a CSV with counts or probabilities
 )->LabelledData: # Images are still in their files
     "Find out what a file or a folder holds. What is missing or damaged: ValueError that names it"
     path = Path(path)
     if path.is_file():
-        t = read_table(path, delimiter, target, skip_broken)
-        notes = [f"labels: the column {t.target!r}", *t.notes]
-        if t.kind == 'file': return ImageData(t.labels, t.vocab, t.split, str(path), notes, files=t.items)
-        if t.kind == 'text': return TextData(t.labels, t.vocab, t.split, str(path), notes, t.items)
+        t = read_table(path, delimiter, target, skip_broken, votes, labels)
+        notes = [f"labels: the column{'s' if labels else ''} {t.target!r}", *t.notes]
+        if t.votes is not None:
+            top = (t.votes.max(1)/t.votes.sum(1)).mean()
+            notes.append(f"{t.votes.sum(1).mean():.3g} votes per example, {top:.0%} of them for its first class; ties go to the class that comes first")
+        if t.kind == 'file': return ImageData(t.labels, t.vocab, t.split, str(path), notes, files=t.items, votes=t.votes)
+        if t.kind == 'text': return TextData(t.labels, t.vocab, t.split, str(path), notes, t.items, votes=t.votes)
         return TableData(t.labels, t.vocab, t.split, str(path), notes, t.items, t.target)
     if (path/'codes.txt').is_file():
         files,masks,codes,split = mask_files(path)
@@ -318,11 +335,11 @@ def file_source(
     return image_data(path, *folder_files(path))
 
 # %% ../../nbs/55_data.files.ipynb #ae9b2031
-def check_options(data, path, delimiter, ignore, target):
+def check_options(data, path, ignore, **in_csv):
     "An option that these data do not use: ValueError"
     if ignore is not None and data.kind != 'masks': raise ValueError(f"--ignore is for masks, but {path} holds {data.unit}: leave it out.")
     if Path(path).is_file() and str(path) not in SOURCES: return
-    for name, v in (('delimiter', delimiter), ('target', target)):
+    for name, v in in_csv.items():
         if v: raise ValueError(f"--{name} is for a CSV, but {path} is none: leave it out.")
 
 # %% ../../nbs/55_data.files.ipynb #78e1b3a7
@@ -335,6 +352,23 @@ def own_side(
     return min(max(int(np.median(sides)), 8), SIDE) if sides else SIDE
 
 # %% ../../nbs/55_data.files.ipynb #b041d824
+def find_source(
+    data, # See `read_source`
+    delimiter:str|None=None, # Between several labels in a CSV
+    ignore:int|None=None, # Number in the masks of pixels to be ignored
+    target:str|None=None, # Column of the labels of a CSV. None: the one that is called `label`
+    skip_broken:bool=False, # Leave out rows without an item or a label, and missing files
+    votes:str|None=None, # Between votes in a cell of a CSV
+    labels=None, # Columns of a CSV with counts or probabilities
+)->LabelledData: # Images are still in their files, untried
+    "Find out what data are. What is unknown or missing: ValueError that names it"
+    if str(data) not in SOURCES and not Path(data).exists():
+        raise ValueError(f"Unknown data set {str(data)!r}: use one of {', '.join(SOURCES)}, a folder of class folders, or a CSV of files and labels.")
+    if str(data) == 'pets': res = image_data('pets', *pets_files())
+    else: res = embedded_source(str(data)) if str(data) in SOURCES else file_source(data, delimiter, ignore, target, skip_broken, votes, labels)
+    check_options(res, data, ignore, delimiter=delimiter, target=target, votes=votes, labels=labels)
+    return res
+
 def read_source(
     data, # One of `SOURCES`, a folder of class folders, one of images and masks with `codes.txt`, or a CSV of files, texts or rows with labels
     size:int|None=None, # Side of the square that images are cut and resized to. None: as they are, at most 128
@@ -344,12 +378,10 @@ def read_source(
     skip_broken:bool=False, # Leave out what cannot be read, rather than raise
     load:bool=True, # Read the images of files. False: leave them there, tried
     progress:bool=True, # Show progress bars
+    votes:str|None=None, # Between votes in a cell of a CSV, such as 'cat;cat;dog'. None: they are no votes
+    labels=None, # Columns of a CSV with counts or probabilities, which are the classes
 )->LabelledData:
     "Read data. What is unknown, missing or damaged: ValueError that names it"
-    if str(data) not in SOURCES and not Path(data).exists():
-        raise ValueError(f"Unknown data set {str(data)!r}: use one of {', '.join(SOURCES)}, a folder of class folders, or a CSV of files and labels.")
-    if str(data) == 'pets': res = image_data('pets', *pets_files())
-    else: res = embedded_source(str(data)) if str(data) in SOURCES else file_source(data, delimiter, ignore, target, skip_broken)
-    check_options(res, data, delimiter, ignore, target)
+    res = find_source(data, delimiter, ignore, target, skip_broken, votes, labels)
     if getattr(res, 'files', None) is None: return res
     return res.load(size or own_side(res.files), progress, skip_broken) if load else res.checked(progress, skip_broken)

@@ -119,7 +119,8 @@ def open_image(
 )->PILImage: # In colours, upright
     "An image as people see it. A file that cannot be read: ValueError that names it"
     try:
-        return PILImage.create(upright(file) if isinstance(file, (str, Path)) else as_rgb(PILImage.create(file)))
+        if isinstance(file, (str, Path)): return PILImage.create(upright(file))
+        return PILImage.create(as_rgb(ImageOps.exif_transpose(file if isinstance(file, Image.Image) else PILImage.create(file)))) # which loads it, too
     except (OSError, ValueError) as e:
         name = file if isinstance(file, (str, Path)) else f'in a {type(file).__name__}'
         raise ValueError(f"Cannot read the image {name} ({e}): repair it or take it away.") from None

@@ -14,7 +14,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from ..kernels import (REDUCTIONS, check_class_weight, cross_entropy, cross_entropy_of_log_probs, cross_entropy_with, in_single_precision,
+from ..kernels import (REDUCTIONS, LazyLogits, check_class_weight, cross_entropy, cross_entropy_of_log_probs, cross_entropy_with, in_single_precision,
                                    log_softmax, single_like, without_ignored)
 from ..distributions import check_distribution
 from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_eps, check_probabilities, dense_target,
@@ -124,6 +124,10 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         "Smoothed cross entropy. Shapes or labels that do not fit: ValueError"
         axis = check_axis(pred, self.axis)
         args = (axis, self._buffers['weight'], self.weight_by, self.ignore_index, self.reduction)
+        if self.fast and isinstance(pred, LazyLogits) and axis == pred.ndim-1:
+            check_distribution(self.dist, self.convention)
+            eps = self.eps if self.dist is not None else uniform_eps(self.eps, self.convention, pred.shape[axis])
+            return pred.cross_entropy(target, eps, self.dist, *args[1:])
         if self.dist is None:
             eps = self.eps if self.convention == 'uniform' else uniform_eps(self.eps, self.convention, pred.shape[axis])
             if self.fast: return cross_entropy(pred, target, eps, *args)

@@ -33,15 +33,17 @@ from fasttransform import Transform
 
 from ..calibration import ECE, NLL
 from ..callback import CutMixMask, LabelSmoothing, OneOf
-from ..data import (body_of, digit_masks, digits, docstrings, downloading, embedded_table, image_dls, load_weights, mask_dls, multi_digits,
-                                network_for, pets_dls, small_convnet, table_csv_dls, texts_dls)
+from ..data import (TensorSoftCategory, body_of, digit_masks, digits, docstrings, downloading, embedded_table, image_dls, load_weights, mask_dls, multi_digits,
+                                network_for, pets_dls, small_convnet, table_csv_dls, texts_dls, top_accuracy)
 from ..distributions import Spatial
 from ..losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
 
 # %% ../../nbs/81_train.builders.ipynb #4a7bd84c
 def labels_of(dls):
-    "Plain loss and metric: of several labels per example, or of one"
-    several = isinstance(dls.one_batch()[-1], TensorMultiCategory)
+    "Plain loss and metric: of several labels per example, of votes, or of one label"
+    y = dls.one_batch()[-1]
+    if isinstance(y, TensorSoftCategory): return LabelSmoothingCrossEntropy(0.),top_accuracy
+    several = isinstance(y, TensorMultiCategory)
     return (BCEWithLogitsLossFlat(),accuracy_multi) if several else (CrossEntropyLossFlat(),accuracy)
 
 def image_learner(dls, s, **kwargs):
@@ -147,7 +149,7 @@ def imagenet_train(learn, s):
     learn.fit(s['epochs'], s['lr'], cbs=ParamScheduler({'lr': warm_cosine(s['lr'], s['warmup_epochs'], s['epochs'], s['first_lr'], s['last_lr'])}))
 
 # %% ../../nbs/81_train.builders.ipynb #9f967f87
-def multilabel_dls(path, s): return multi_digits(s['bs'], seed=s['seed']) if path is None else image_dls(path, s, Resize(s['size']))
+def multilabel_dls(path, s): return multi_digits(s['bs'], seed=s['seed']) if path is None else image_dls(path, s)
 
 def multilabel_learner(dls, s):
     loss,right = labels_of(dls)

@@ -9,6 +9,7 @@ __all__ = ['IGNORED', 'read_learner', 'write_learner', 'Ignored', 'held_out_dl',
            'figures_of', 'calibrate']
 
 # %% ../../nbs/87_train.exported.ipynb #bb3de891
+import re
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,9 @@ def write_learner(
     "Export a learner in fastai's terms, whole or not at all"
     new = portable(learn, xb)
     with atomic(file) as part:
-        new.path = part.parent
-        new.export(part.name)
-        return b'fastai_smooth' not in part.read_bytes()
+        new.path = Path() # no folder of this machine in the file
+        new.export(part.absolute())
+        return not re.search(rb'fastai_smooth[.\n]', part.read_bytes()) # the modules of a pickle
 
 # %% ../../nbs/87_train.exported.ipynb #9e253060
 class _Labelled:

@@ -18,6 +18,7 @@ from fastai.data.core import Datasets
 from fastai.data.transforms import ItemGetter
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.tabular.learner import TabularLearner
 from fastai.torch_core import TensorImage
 from fastai.vision.core import PILImage
 from fastcore.foundation import L
@@ -102,6 +103,7 @@ def portable(
     "A learner that predicts the same, in fastai's terms as far as that goes"
     model = folded(learn.model, xb) if isinstance(learn.model, ScaledModel) else learn.model
     metrics = [m for m in learn.metrics if not is_ours(m) and not is_ours(getattr(m, 'func', m))]
-    new = Learner(plain_dls(learn.dls), model, plain_loss(learn.loss_func), opt_func=learn.opt_func, metrics=metrics)
+    kind = TabularLearner if isinstance(learn, TabularLearner) else Learner # it predicts from a row in its own way
+    new = kind(plain_dls(learn.dls), model, plain_loss(learn.loss_func), opt_func=learn.opt_func, metrics=metrics)
     if hasattr(learn, 'temperature'): new.temperature = learn.temperature
     return new

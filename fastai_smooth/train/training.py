@@ -21,7 +21,8 @@ from fastai.torch_core import set_seed
 from fastcore.foundation import L
 
 from ..calibration import gather
-from ..run_folder import RunFolder, read_config, write_text
+from ..run_folder import RunFolder, check_elsewhere, read_config, write_text
+from ..time_estimate import TimeEstimate
 from .checkpoints import Checkpoints
 from .exported import calibrated, figures_of, write_learner
 from .page import plot_both, write_training_report
@@ -78,7 +79,9 @@ class _Training:
 
     def read(self):
         "Data and learner; a folder that cannot be used is refused before"
-        if not self.team.rank: self.folder = RunFolder(self.out, self.config, self.resume)
+        if not self.team.rank:
+            if self.data is not None: check_elsewhere(self.out, self.data)
+            self.folder = RunFolder(self.out, self.config, self.resume)
         set_seed(self.settings.get('seed', 42), reproducible=True)
         self.learn = self.recipe.learner(self.recipe.dls(self.data, **self.changes), **self.changes)
 
@@ -103,10 +106,10 @@ class _Training:
             if summary is not None: return summary
             self.log = EpochLog(self.out/'checkpoint.pt', self.team)
             self.learn.path = self.out
-            self.learn.add_cb(self.log)
+            self.learn.add_cbs([self.log, estimate := TimeEstimate()])
             if not self.team.rank: print(self.described, flush=True)
             with self.team.training(self.learn): self.recipe.train(self.learn, self.settings)
-            self.learn.remove_cb(self.log)
+            self.learn.remove_cbs([self.log, estimate])
             return self.team.first(self.finish)
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from calibration_oracles import Outputs, Same, best_sigmoids, best_softmax, check_untouched, close, learner, optimum, same, several, single, snapshot
+from calibration_oracles import Outputs, Same, best_sigmoids, best_softmax, check_untouched, close, learner, same, several, single, snapshot
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
@@ -243,9 +243,7 @@ def test_huge_and_impossible_logits():
     close(fit_temperature(Predictions.of(z/10, y, CrossEntropyLossFlat())), best_softmax(z/10, y))
     z, y = single()
     z[torch.arange(300), (y+1) % 4] = -torch.inf # ruled out
-    q = np.eye(4)[y.numpy()]
-    close(fit_temperature(Predictions.of(z, y, CrossEntropyLossFlat())),
-          optimum(lambda t: -np.where(q > 0, log_softmax(z.double().numpy()/t, 1), 0.).sum() + np.log(t)**2/2))
+    close(fit_temperature(Predictions.of(z, y, CrossEntropyLossFlat())), best_softmax(z, y))
 
 
 # -- cross-fitting
@@ -558,8 +556,9 @@ def test_calibrating_twice_changes_nothing():
     z, y = single()
     once = TemperatureScaling(learner(z, y)).fit()
     twice = TemperatureScaling(once).fit()
-    close(twice.temperature, 1.)
-    np.testing.assert_allclose(twice.get_preds()[0], once.get_preds()[0], atol=1e-3)
+    close(twice.temperature, best_softmax(z/once.temperature, y))
+    np.testing.assert_allclose(twice.temperature, 1., atol=.01)  # half an example more, among 300
+    np.testing.assert_allclose(twice.get_preds()[0], once.get_preds()[0], atol=5e-3)
 
 
 class Warm(Same):

@@ -266,6 +266,7 @@ class Drawn(Callback):
     def before_backward(self): self.names.append(type(self.learn.one_of.chosen).__name__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('smooth', [True, False])
 def test_shares_of_one_of(smooth):
     loss = CrossEntropyLossFlat()

@@ -11,12 +11,12 @@ from fastai_smooth.compare import Comparison
 
 @pytest.mark.slow
 def test_compare_with_nested_folders_as_tree(tmp_path, capsys):
-    write_digits(tmp_path/'photos', 400)
+    write_digits(tmp_path/'photos', 250)
     out = tmp_path/'run'
-    args = ['compare', str(tmp_path/'photos'), '--size', '16', '--methods', 'ce,taxonomy,mixup+similarity', '--epochs', '1', '--seeds', '2', '--out', str(out)]
+    args = ['compare', str(tmp_path/'photos'), '--size', '16', '--methods', 'ce,taxonomy,mixup+similarity', '--epochs', '1', '--seeds', '1', '--out', str(out)]
     assert main(args) == 0
     s = json.loads((out/'summary.json').read_text())
-    assert s['n_classes'] == 10 and s['n_train'] == 320 and set(s['methods']) == {'ce', 'taxonomy', 'mixup+similarity'}
+    assert s['n_classes'] == 10 and s['n_train'] == 200 and set(s['methods']) == {'ce', 'taxonomy', 'mixup+similarity'}
     learn = Comparison(tmp_path/'photos', ('taxonomy',), size=16).learner('taxonomy', 0)
     m = learn.label_smoothing.dist.matrix(10)
     near, far = list(learn.dls.vocab).index('round/3'), list(learn.dls.vocab).index('straight/1')
@@ -29,15 +29,16 @@ def test_compare_with_nested_folders_as_tree(tmp_path, capsys):
 
 
 def test_flat_folders_are_no_tree(tmp_path, capsys):
-    write_digits(tmp_path, 200, nested=False)
-    assert main(['compare', str(tmp_path), '--size', '16', '--methods', 'ce,taxonomy', '--out', str(tmp_path/'run')]) == 2
+    photos = tmp_path/'photos'
+    write_digits(photos, 200, nested=False)
+    assert main(['compare', str(photos), '--size', '16', '--methods', 'ce,taxonomy', '--out', str(tmp_path/'run')]) == 2
     assert 'nested folders' in capsys.readouterr().err
-    for i in range(1, 10): (tmp_path/str(i)).rename(tmp_path.parent/f'{tmp_path.name}-{i}')
-    assert main(['compare', str(tmp_path), '--out', str(tmp_path/'run')]) == 2
+    for i in range(1, 10): (photos/str(i)).rename(tmp_path/f'{i}')
+    assert main(['compare', str(photos), '--out', str(tmp_path/'run')]) == 2
     assert 'one class' in capsys.readouterr().err
 
 
 def test_timm_body_on_colour(tmp_path):
     write_digits(tmp_path, 200)
     learn = Comparison(tmp_path, ('ls',), arch='resnet10t', size=32, epochs=1).learner('ls', 0)
-    with torch.no_grad(): assert learn.model.eval()(learn.dls.one_batch()[0]).shape == (64, 10)
+    with torch.no_grad(): assert learn.model.eval()(learn.dls.one_batch()[0]).shape == (20, 10)

@@ -12,8 +12,11 @@ def test_names_are_read_once():
     assert m == Method('mixup+ls@.3~.2', ('mixup', 'ls'), .3, .2, True, True)
     assert (m.plain, m.smoothing, m.mixers, m.is_baseline) == ('mixup+ls', 'ls', ('mixup',), False) and parse_method('ce').is_baseline
     assert parse_method('ls+mixup', .3, .2).key == m.key and parse_method('ce', .1).key == parse_method('ce', .2).key
-    for bad, words in (('', 'Unknown method'), ('ce+ls', 'Unknown'), ('ls+ls', 'Unknown'), ('magic', 'Unknown'), ('ls+ols', 'Unknown'), ('ls@', 'ls@'),
-                       ('ls@x', 'not a number'), ('ls@2', "in 'ls@2'"), ('ls~1', 'noise must lie')):
+    best = parse_method('ce@best~.2')
+    assert (best.plain, best.best, best.noise, best.is_baseline, best.key == parse_method('ce~.2').key) == ('ce@best', True, .2, False, False)
+    with pytest.raises(ValueError, match='of masks'): read_method('ce@best', kind='masks')
+    for bad, words in (('ls@best', 'not a number'), ('', 'Unknown method'), ('ce+ls', 'Unknown'), ('ls+ls', 'Unknown'), ('magic', 'Unknown'),
+                       ('ls+ols', 'Unknown'), ('ls@', 'ls@'), ('ls@x', 'not a number'), ('ls@2', "in 'ls@2'"), ('ls~1', 'noise must lie')):
         with pytest.raises(ValueError, match=words): parse_method(bad)
     with pytest.raises(ValueError, match='exclusive classes'): read_method('mixup+prior', several=True)
     with pytest.raises(ValueError, match='noise puts'): read_method('ls', noise=.1, kind='masks')
@@ -21,7 +24,8 @@ def test_names_are_read_once():
 
 @pytest.mark.parametrize('names, eps, noise, expected', [
     (('ce', 'ls', 'mixup', 'mixup+ls', 'ols@.5'), [.1, .3], [0.], ['ce', 'ls@0.1', 'ls@0.3', 'mixup', 'mixup+ls@0.1', 'mixup+ls@0.3', 'ols@.5']),
-    (('ce', 'ls'), [.1], [0.], ['ce', 'ls']), (('ce', 'ls', 'ls~.1'), [.1], [0., .2], ['ce~0', 'ls~0', 'ce~0.2', 'ls~0.2', 'ls~.1'])])
+    (('ce', 'ce@best'), [.1, .3], [0., .2], ['ce~0', 'ce@best~0', 'ce~0.2', 'ce@best~0.2']), (('ce', 'ls'), [.1], [0.], ['ce', 'ls']),
+    (('ce', 'ls', 'ls~.1'), [.1], [0., .2], ['ce~0', 'ls~0', 'ce~0.2', 'ls~0.2', 'ls~.1'])])
 def test_several_strengths_and_rates(names, eps, noise, expected):
     methods = each_method(names, eps, noise)
     assert [m.name for m in methods] == expected

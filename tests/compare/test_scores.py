@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastai_smooth.compare import score
-from fastai_smooth.compare.scores import METRICS, MORE, after_temperature, predictions_of, score_all
+from fastai_smooth.compare.scores import METRICS, MORE, after_temperature, at_best_epoch, predictions_of, score_all
 
 
 def naive(probs, labels):
@@ -88,3 +88,14 @@ def test_what_cannot_be_told_is_marked():
     y = np.arange(40) % 4
     figures = score_all(20.*np.eye(4)[y], y)[0]
     assert figures['untold'] == 1 and figures['accuracy'] == 1 and figures['nll_ts'] < .01
+
+
+def test_the_best_epoch_is_that_of_the_other_folds():
+    "An example never chooses for itself, and epochs that diverged are not chosen"
+    z, y = made(200, 4, 3.)
+    kept = at_best_epoch(np.stack([.1*np.random.default_rng(1).normal(size=z.shape), z, -z, np.full_like(z, np.nan)]), y)
+    np.testing.assert_array_equal(kept, z)
+    y = np.r_[np.zeros(9, int), 1]
+    first, second = (4.*np.eye(2)[[k]*10] for k in (0, 1))  # the second is right about the last example alone, and nobody asks that one
+    np.testing.assert_array_equal(at_best_epoch(np.stack([second, first]), y), first)
+    np.testing.assert_array_equal(at_best_epoch(np.full((2, 10, 2), np.nan), y), np.full((10, 2), np.nan))

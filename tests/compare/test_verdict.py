@@ -128,6 +128,9 @@ def test_what_is_said_and_is_no_finding():
     assert 'ls@0.3 learned nothing in 1 of 5 runs' in text and 'better' not in text and 'ls@0.3 -' not in text and 'corrected for 2 methods' in text
     assert 'The temperature of mixup is at the end of its range in 5 of 5 runs' in text and 'hardly tell the temperature of ce in 5 of 5' in text
     assert 'This is look 2' in text and '--seed0 5' in text
+    for r in e.rows:
+        if r['method'] == 'ls@0.3' and r['seed'] == 2: r['diverged'] = 1.
+    assert 'ls@0.3 diverged in 1 of 5 runs' in verdict(e) and 'learned nothing' not in verdict(e) and 'ls@0.3 -' not in verdict(e)
     same = evidence(dict(ce=0., prior=0., ls=0.), own=0.)
     for r in same.rows: r['nll_ts'] = .1+.01*r['seed']
     for v in same.examples.values(): v['nll_ts'][:] = .1

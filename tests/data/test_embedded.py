@@ -10,7 +10,7 @@ from sklearn.datasets import load_wine
 from fastai_smooth.data import digit_masks, digits, docstrings, docstrings_arrays, embedded_table, mnist5k, multi_digits
 
 
-@pytest.mark.parametrize('make, n, side', [(digits, 1797, 8), (mnist5k, 5000, 28)])
+@pytest.mark.parametrize('make, n, side', [(digits, 1797, 8), pytest.param(mnist5k, 5000, 28, marks=pytest.mark.slow)])
 def test_digits(make, n, side):
     dls = make()
     assert isinstance(dls, DataLoaders) and dls.c == 10 and list(dls.vocab) == list('0123456789')
@@ -53,6 +53,7 @@ def test_digit_masks():
     assert ((y > 0) == (ink >= 128)).all() and ((y == -100) == ((ink > 0) & (ink < 128))).all()
 
 
+@pytest.mark.slow
 def test_docstrings():
     texts, labels, vocab = docstrings_arrays()
     assert vocab == ['matplotlib', 'numpy', 'pandas', 'torch'] and len(texts) == len(set(texts)) == len(labels) > 1500 and np.bincount(labels).min() > 200

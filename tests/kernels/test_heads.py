@@ -189,6 +189,8 @@ def test_memory(dist):
     most = peak(lambda: smooth_linear_cross_entropy(x, w, y, .1, dist=dist, chunk=chunk).backward())
     assert gradients < most < gradients + logits + group_sums + vectors + 4096*(d+1)*4*3 + 2**19
     assert most < .6*n*k*4
+    with torch.no_grad(): alone = peak(lambda: smooth_linear_cross_entropy(x, w, y, .1, dist=dist, chunk=chunk))
+    assert alone < most-.9*gradients  # none is made
 
 
 def test_what_does_not_fit_is_refused():
