@@ -104,7 +104,7 @@ def numbers(ks): return ('s ' if len(ks) > 1 else ' ') + ', '.join(map(str, ks[:
 def fit_temperature(
     predictions:Predictions # Of held-out data
 )->float|Tensor: # T in [.01, 100]; one per label, (K,), where each class is a question of its own
-    "The most probable temperature, with half an example of any class and a weak prior at 1. A warning where the data cannot tell it, or where it is at the end of its range"
+    "The most probable temperature, with half an example of any class and a weak prior at 1. A warning where it cannot be told, or is at the end of its range"
     if predictions.binary:
         each,untold,empty = fit_labels(predictions)
         if empty: warnings.warn(f"Label{numbers(empty)} has no positive or no negative in these data: its temperature is that of all labels together.")

@@ -46,7 +46,7 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
         return (log_p*self.focus(log_p)).masked_fill(ruled_out, -torch.inf)
 
     def focus(self,
-        log_p:Tensor # Log-probabilities
+        log_p:Tensor, # Log-probabilities
     )->Tensor: # Of the same shape
         "The focal factor (1 - p)^gamma"
         rest = -log_p.expm1()

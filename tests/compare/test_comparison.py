@@ -270,7 +270,8 @@ def test_jobs_give_the_same_figures(tmp_path, one_thread):
 def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, one_thread):
     "kill -9 in the middle; meanwhile nobody else may use the folder"
     args = ['digits', '--epochs', '2', '--seeds', '3', '--methods', 'ce,ls', '--out']
-    run = subprocess.Popen([*CLI, *args, str(tmp_path/'killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    run = subprocess.Popen([*CLI, *args, str(tmp_path/'killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     for _ in range(3000):
         if list(tmp_path.glob('killed/predictions/*.npz')): break
         time.sleep(.1)
