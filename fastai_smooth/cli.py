@@ -7,8 +7,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/cli.html.md"""
 # %% auto #0
 __all__ = ['SHOWN', 'DATA', 'EMBEDDED', 'PARTS', 'IGNORED', 'PACKAGES', 'COMMANDS', 'say', 'refused', 'truth', 'setting',
            'numbers', 'whole_numbers', 'names', 'add_options', 'add_settings', 'new_folder', 'noted', 'quiet',
-           'check_early', 'within', 'compare', 'shown', 'train', 'labels', 'calibrate', 'list_recipes', 'version_of',
-           'doctor', 'prepared', 'main']
+           'check_early', 'check_used', 'within', 'compare', 'shown', 'train', 'labels', 'calibrate', 'list_recipes',
+           'version_of', 'doctor', 'prepared', 'main']
 
 # %% ../nbs/90_cli.ipynb #539062d0
 import argparse
@@ -141,6 +141,15 @@ def check_early(data, methods, epochs, seeds, bs, size, jobs, valid_pct, lr):
     if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {valid_pct}.")
     if lr is not None and not lr > 0: raise ValueError(f"lr must be above 0, but got {lr}.")
 
+def check_used(methods, eps, noise, pairs):
+    "Refuse an option of `compare` that would have no effect"
+    parts = {p for m in methods or () for p in m.partition('~')[0].partition('@')[0].split('+')}
+    if eps != .1 and methods and not parts-{'ce', 'votes', 'mixup', 'cutmix'}:
+        raise ValueError(f"--eps {eps} is for methods that smooth, unlike {','.join(methods)}.")
+    noisy = noise if isinstance(noise, list) else [noise]
+    if pairs and not any(noisy) and not any('~' in m for m in methods or ()):
+        raise ValueError(f"--pairs {pairs} is for label noise: say how much, as in --noise .2.")
+
 def within(values, name, top, closed):
     "Numbers from 0 to `top`. One outside: ValueError"
     for v in values if isinstance(values, list) else [values]:
@@ -180,9 +189,12 @@ def compare(
     check_early(data, methods, epochs, seeds, bs, size, jobs, valid_pct, lr)
     within(eps, 'eps', 1, True)
     within(noise, 'noise', 1, False)
+    check_used(methods, eps, noise, pairs)
     quiet(threads)
     from fastai_smooth.compare import Comparison, table
     comparison = Comparison(**{**arguments, 'weights': weights and str(weights)}, out=out, resume=resume)
+    if comparison.source.split is not None and valid_pct != .2:
+        raise ValueError(f"--valid-pct {valid_pct} is for data without a split, but {data} says which are for validation: leave it out.")
     comparison.make_folder()
     write_text(comparison.out/'.arguments.json', json.dumps(arguments, default=str)) # as they were typed, for --resume
     print(comparison.describe(), flush=True)

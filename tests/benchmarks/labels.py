@@ -72,7 +72,8 @@ def wrong_labels():
     def make(way):
         if way != 'dropped': return learner(images, targets[way], labels, split, vocab, .1 if way == 'ls .1' else 0.)
         return learner(images, hot[kept], labels, (split[0][kept], split[1]), vocab)
-    return lines+side_by_side(f'mnist5k with these labels, 3 epochs, {SEEDS} seeds, scored on {len(split[1])} right labels; differences from ce', [*targets], make, 3)
+    title = f'mnist5k with these labels, 3 epochs, {SEEDS} seeds, scored on {len(split[1])} right labels; differences from ce'
+    return lines+side_by_side(title, [*targets], make, 3)
 
 
 def votes():
