@@ -73,6 +73,8 @@ class _EachEpoch(Callback):
 @dataclass
 class Trainings(Question):
     "The trainings that answer the question"
+    watching = () # callbacks of the next training
+
     def learner(self,
         method:str, # One of `methods`, or the name of another
         seed:int, # Decides split, noise, initial weights and order of batches
@@ -99,10 +101,9 @@ class Trainings(Question):
     def train(self,
         method:str, # See `learner`
         seed:int, # See `learner`
-        cbs=(), # More callbacks
     )->dict: # Logits, labels and item numbers of the validation set, and the losses by epoch
         "Train one method with one seed"
-        learn,each = self.learner(method, seed).add_cbs(cbs),_EachEpoch()
+        learn,each = self.learner(method, seed).add_cbs(self.watching),_EachEpoch()
         best = (self.method_of.get(method) or parse_method(method, self.eps, self.noise)).best
         items = np.asarray(self._split(seed)[1])
         with learn.no_logging():
@@ -113,7 +114,7 @@ class Trainings(Question):
             else: logits,labels = (t.numpy() for t in learn.get_preds(act=torch.nn.Identity()))
         if self.source.labels.ndim == 1 and not self.voted: labels = labels.reshape(-1) # of a table (N, 1)
         if best: logits = at_best_epoch(each.logits, labels, self.voted)
-        diverged = not np.isfinite(logits).all()
+        diverged = np.array(not np.isfinite(logits).all())
         if diverged: logits = np.zeros_like(logits) # which say nothing: all classes alike
         res = dict(logits=logits, labels=labels, items=items, losses=losses, diverged=diverged, **(dict(shares=np.array(True)) if self.voted else {}))
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res
@@ -138,7 +139,10 @@ def _here(settings, threads, fingerprint):
     if trainings.fingerprint != fingerprint: raise ValueError(f"{trainings.data} has changed since the comparison was started.")
     return trainings
 
-def _train_here(comparison, *run): return _here(*comparison).train(*run)
+def _train_here(comparison, method, seed, watching):
+    trainings = _here(*comparison)
+    trainings.watching = watching
+    return trainings.train(method, seed)
 
 # %% ../../nbs/77_compare.comparison.ipynb #4ab942d3
 @dataclass
@@ -177,13 +181,16 @@ class Comparison(Trainings):
     def _results(self, runs, progress=False):
         "The results of all runs, in order: those that are there already, and the others as they are done"
         missing = [run for run in runs if self._stored(*run) is None]
-        cbs = {missing[0]: TimeEstimate(len(missing)/self.jobs)} if progress and missing else {} # the first run says how long all take
+        first = [TimeEstimate(len(missing)/self.jobs)] if progress else () # the first run says how long all take
         if self.jobs == 1:
-            for run in runs: yield self._keep(self.train(*run, cbs.get(run, ())), *run) if run in missing else self._stored(*run)
+            for run in runs:
+                self.watching = first if run in missing[:1] else ()
+                yield self._keep(self.train(*run), *run) if run in missing else self._stored(*run)
             return
         settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'jobs'))
         task = joblib.delayed(_train_here)
-        trained = joblib.Parallel(self.jobs, return_as='generator')(task((settings, self.threads, self.fingerprint), *run, cbs.get(run, ())) for run in missing)
+        here = settings,self.threads,self.fingerprint
+        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *run, first if run in missing[:1] else ()) for run in missing)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind

@@ -116,11 +116,6 @@ class Arguments:
         self.methods = tuple(m.name for m in self.methods)
         if not self.methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
         if len({m.key for m in self.method_of.values()}) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
-        methods,named = self.method_of.values(),','.join(self.methods)
-        if self.eps != .1 and not any(m.smoothing for m in methods): raise ValueError(f"--eps {self.eps:g} is for methods that smooth, and {named} does not.")
-        if self.confused and not any(m.noise for m in methods): raise ValueError(f"--pairs {self.pairs} is for label noise: say how much, as in --noise .2.")
-        if self.source.split is not None and self.valid_pct != .2:
-            raise ValueError(f"--valid-pct {self.valid_pct} is for data without a split, but {self.data} says which are for validation: leave it out.")
         if any('taxonomy' in m.parts for m in self.method_of.values()): tree_of(self.vocab)
 
     def _check_split(self):
@@ -161,8 +156,8 @@ class Question(Arguments):
     "What is compared, and on which data. Bad arguments: ValueError"
     @property
     def config(self)->dict: # What decides the figures of a run
-        names = ('data', 'delimiter', 'votes', 'labels', 'ignore', 'target', 'skip_broken', 'eps', 'noise', 'pairs', 'epochs', 'lr', 'arch', 'weights', 'pretrained', 'bs', 'size',
-                 'valid_pct', 'seed0', 'fingerprint')
+        names = ('data', 'delimiter', 'votes', 'labels', 'ignore', 'target', 'skip_broken', 'eps', 'noise', 'pairs', 'epochs', 'lr', 'arch',
+                 'weights', 'pretrained', 'bs', 'size', 'valid_pct', 'seed0', 'fingerprint')
         digest = self.weights and joblib.hash(Path(self.weights).read_bytes())
         return {**{k: getattr(self, k) for k in names}, 'weights_digest': digest, 'threads': self.threads}
 

@@ -60,7 +60,8 @@ def test_a_broken_file_takes_its_votes_with_it(desk, tmp_path):
 
 @pytest.mark.parametrize('text, how, words', [
     ('file,label\n0.png,a;b\n1.png,b', dict(votes=','), "has ',' between votes"), ('file,label\n0.png,a;a\n1.png,a', dict(votes=';'), 'name 1 class'),
-    ('file,label\n0.png,a;b\n1.png,', dict(votes=';'), 'no label in row 2'), ('file,a,b\n0.png,.5,.4\n1.png,1,0', dict(labels='a,b'), r'0.5, 0.4|.5, .4 in row 1'),
+    ('file,label\n0.png,a;b\n1.png,', dict(votes=';'), 'no label in row 2'),
+    ('file,a,b\n0.png,.5,.4\n1.png,1,0', dict(labels='a,b'), r'0.5, 0.4|.5, .4 in row 1'),
     ('file,a,b\n0.png,1,x\n1.png,1,0', dict(labels='a,b'), '1, x in row 1'), ('file,a,b\n0.png,-1,2\n1.png,1,0', dict(labels='a,b'), '-1, 2'),
     ('file,a,b\n0.png,0,0\n1.png,1,0', dict(labels='a,b'), '0, 0 in row 1'), ('file,a,b\n0.png,1,0', dict(labels='a,c'), "no column 'c'"),
     ('file,a,b\n0.png,1,0', dict(labels='a'), 'two columns'), ('file,a,b\n0.png,1,0', dict(labels='a,b', votes=';'), 'leave one out'),
