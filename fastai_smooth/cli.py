@@ -7,8 +7,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/cli.html.md"""
 # %% auto #0
 __all__ = ['SHOWN', 'DATA', 'EMBEDDED', 'PARTS', 'IGNORED', 'PACKAGES', 'COMMANDS', 'say', 'refused', 'truth', 'setting',
            'numbers', 'whole_numbers', 'names', 'add_options', 'add_settings', 'new_folder', 'noted', 'quiet',
-           'check_early', 'within', 'compare', 'shown', 'train', 'calibrate', 'list_recipes', 'version_of', 'doctor',
-           'prepared', 'main']
+           'check_early', 'check_used', 'within', 'compare', 'shown', 'train', 'labels', 'calibrate', 'list_recipes',
+           'version_of', 'doctor', 'prepared', 'main']
 
 # %% ../nbs/90_cli.ipynb #539062d0
 import argparse
@@ -141,6 +141,15 @@ def check_early(data, methods, epochs, seeds, bs, size, jobs, valid_pct, lr):
     if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {valid_pct}.")
     if lr is not None and not lr > 0: raise ValueError(f"lr must be above 0, but got {lr}.")
 
+def check_used(methods, eps, noise, pairs):
+    "Refuse an option of `compare` that would have no effect"
+    parts = {p for m in methods or () for p in m.partition('~')[0].partition('@')[0].split('+')}
+    if eps != .1 and methods and not parts-{'ce', 'votes', 'mixup', 'cutmix'}:
+        raise ValueError(f"--eps {eps} is for methods that smooth, unlike {','.join(methods)}.")
+    noisy = noise if isinstance(noise, list) else [noise]
+    if pairs and not any(noisy) and not any('~' in m for m in methods or ()):
+        raise ValueError(f"--pairs {pairs} is for label noise: say how much, as in --noise .2.")
+
 def within(values, name, top, closed):
     "Numbers from 0 to `top`. One outside: ValueError"
     for v in values if isinstance(values, list) else [values]:
@@ -180,9 +189,12 @@ def compare(
     check_early(data, methods, epochs, seeds, bs, size, jobs, valid_pct, lr)
     within(eps, 'eps', 1, True)
     within(noise, 'noise', 1, False)
+    check_used(methods, eps, noise, pairs)
     quiet(threads)
     from fastai_smooth.compare import Comparison, table
     comparison = Comparison(**{**arguments, 'weights': weights and str(weights)}, out=out, resume=resume)
+    if comparison.source.split is not None and valid_pct != .2:
+        raise ValueError(f"--valid-pct {valid_pct} is for data without a split, but {data} says which are for validation: leave it out.")
     comparison.make_folder()
     write_text(comparison.out/'.arguments.json', json.dumps(arguments, default=str)) # as they were typed, for --resume
     print(comparison.describe(), flush=True)
@@ -223,6 +235,45 @@ def train(
     from fastai_smooth.train import train as run
     summary = run(recipe, data, out, resume, **changes)
     print(f"\n{shown(summary)}\n\nLearner: {out/'learner.pkl'}\nReport: {out/'report.html'}")
+    return 0
+
+def labels(
+    data:str='digits', # A folder, a CSV or an embedded set, as compare reads it; without masks and votes
+    *,
+    out:Path=Path('suspects.csv'), # CSV of the suspects; a page with their images is written beside it
+    mix:float=None, # Also write soft labels, as train --labels reads them: those of suspects with so much of what the networks say, in [0, 1]
+    k:int=5, # Parts of the data; each is judged by a network that was trained on the others
+    epochs:int=None, # Passes over the training set (default: what suits the data)
+    arch:str=None, # A timm model for images (default: a small network that suits the data)
+    weights:Path=None, # State dict to start from
+    pretrained:bool=False, # Start from pretrained weights, which are downloaded once
+    bs:int=None, # Batch size (default: 64, or less where that makes fewer than eight batches)
+    lr:float=None, # Highest learning rate (default: what suits the data)
+    size:int=None, # Resize images to SIZE by SIZE pixels (default: as they are, of files at most 128)
+    delimiter:str=None, # Between several labels in a CSV
+    target:str=None, # Column of the labels in a CSV (default: label)
+    skip_broken:bool=False, # Leave out files and rows that cannot be read
+    seed:int=0, # Of weights, order and parts
+    threads:int=None, # Of the CPU (default: OMP_NUM_THREADS, else all)
+)->int: # Exit code: 0, or 2 for a mistake in the arguments
+    "Labels that are probably wrong: a CSV, and a page to look at them"
+    how = {n: v for n, v in locals().items() if n not in ('out', 'mix', 'threads')}
+    for name, v, low in (('k', k, 2), ('epochs', epochs, 1), ('bs', bs, 2), ('size', size, 8)):
+        if v is not None and v < low: raise ValueError(f"--{name} must be at least {low}, but got {v}.")
+    if mix is not None: within(mix, '--mix', 1, True)
+    if lr is not None and not lr > 0: raise ValueError(f"--lr must be above 0, but got {lr}.")
+    if data not in EMBEDDED and not Path(data).exists(): raise ValueError(f"Unknown data set {data!r}: use one of {', '.join(EMBEDDED)}, a folder or a CSV.")
+    if out.exists(): raise ValueError(f"--out {out} is there already: name another file.")
+    if not out.parent.is_dir(): raise ValueError(f"--out {out}: there is no folder {out.parent}.")
+    quiet(threads)
+    from fastai_smooth.compare import find_suspects, write_suspects
+    if mix is not None and data in EMBEDDED: raise ValueError(f"--mix writes a CSV of files or texts, but {data} has none: leave it out.")
+    found = find_suspects(**{**how, 'weights': weights and str(weights)})
+    command = shlex.join(['fastai-smooth', 'labels', data, *(a for n, v in how.items() if v not in (None, False) and n != 'data'
+                                                             for a in (f"--{n.replace('_', '-')}", *([] if v is True else [str(v)])))])
+    files = write_suspects(found, out, mix, command)
+    table = found.table.drop(columns='item')
+    print(f"{found.source.describe()}\n\n{table[:10].to_string(index=False, max_colwidth=60)}\n\n{len(table)} suspects; written: {', '.join(map(str, files))}")
     return 0
 
 def calibrate(
@@ -274,7 +325,7 @@ def doctor()->int: # Exit code: 0
     return 0
 
 # %% ../nbs/90_cli.ipynb #55ee5df0
-COMMANDS = {'compare': compare, 'train': train, 'calibrate': calibrate, 'list': list_recipes, 'doctor': doctor}
+COMMANDS = {'compare': compare, 'train': train, 'labels': labels, 'calibrate': calibrate, 'list': list_recipes, 'doctor': doctor}
 
 def _parser(only_given=False):
     "The parser of all commands; with `only_given` it leaves out what nobody has typed"

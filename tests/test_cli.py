@@ -78,7 +78,7 @@ def test_values():
 
 
 def test_names_that_are_known_without_loading_anything_are_those_of_the_rooms():
-    assert set(cli.EMBEDDED) == set(SOURCES) and set(cli.PARTS) == {'ce', *methods.SMOOTH, *methods.MIXERS}
+    assert set(cli.EMBEDDED) == set(SOURCES) and set(cli.PARTS) == {'ce', *methods.VOTES, *methods.SMOOTH, *methods.MIXERS}
 
 
 @pytest.mark.parametrize('args, words', [

@@ -15,6 +15,7 @@ import numpy as np
 from fastai.callback.schedule import fit_one_cycle # noqa: F401  (gives the Learner this method)
 from fastai.learner import Learner
 from fastcore.basics import patch
+from fastprogress import progress_bar
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from ..data import LabelIssues, find_label_issues as find_label_issues_of
@@ -69,7 +70,8 @@ def find_label_issues(self:Learner,
         if before.ndim > 2: raise ValueError("Labels of pixels are out: find_label_issues is for one class or several labels per example.")
         targets = before.q.numpy()[np.argsort(before.example.numpy())]
         labels,probs = targets.astype(bool) if before.binary else targets.argmax(1),np.zeros(targets.shape)
-        for part in folds(labels, k):
+        parts = folds(labels, k)
+        for part in progress_bar(parts, leave=False) if hasattr(self, 'progress') else parts:
             rest = np.setdiff1d(np.arange(len(labels)), part)
             new = beside(self, copied_model(self.model), copy.deepcopy(users_loss(self.loss_func)), lambda cb: True)
             new.dls = copy.copy(self.dls)

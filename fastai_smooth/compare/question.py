@@ -39,14 +39,6 @@ def parse_pairs(
     if same is not None: raise ValueError(f"pairs must confuse a class with another one, but got {same}:{same}.")
     return pairs
 
-def check_used(question):
-    "Refuse an option that would have no effect: ValueError"
-    methods,named = question.method_of.values(),','.join(question.methods)
-    if question.eps != .1 and not any(m.smoothing for m in methods): raise ValueError(f"--eps {question.eps:g} is for methods that smooth, unlike {named}.")
-    if question.pairs and not any(m.noise for m in methods): raise ValueError(f"--pairs {question.pairs} is for label noise: say how much, as in --noise .2.")
-    if question.source.split is not None and question.valid_pct != .2:
-        raise ValueError(f"--valid-pct {question.valid_pct} is for data without a split, but {question.data} says which are for validation: leave it out.")
-
 def several_of(value, name):
     "One number or several, as a list. None of them: ValueError"
     values = [value] if isinstance(value, (int, float)) else list(value)
@@ -124,7 +116,6 @@ class Arguments:
         self.methods = tuple(m.name for m in self.methods)
         if not self.methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
         if len({m.key for m in self.method_of.values()}) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
-        check_used(self)
         if any('taxonomy' in m.parts for m in self.method_of.values()): tree_of(self.vocab)
 
     def _check_split(self):

@@ -351,6 +351,11 @@ class Twice(nn.Module):
     def forward(self, x): return self.fc(self.fc(x.flatten(1)))
 
 
+class Functional(nn.Module):
+    def __init__(self): super().__init__(); self.fc = nn.Linear(64, 4)
+    def forward(self, x): return F.linear(x.flatten(1), self.fc.weight, self.fc.bias)
+
+
 class Sharing(nn.Module):
     def __init__(self): super().__init__(); self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64); self.first.weight = self.last.weight
     def forward(self, x): return self.last(self.first(x.flatten(1)))
@@ -367,6 +372,7 @@ def test_what_does_not_fit_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         refused("'fc' is used 2 times", Twice())
+    refused("'fc' is not called as a layer", Functional())
     refused("'last' shares its weight with 'first'", Sharing())
     refused("'7' is not in the model.*'1'", head=FusedHead('7'))
     refused('FocalLoss.* needs the logits', loss=FocalLossFlat())

@@ -89,7 +89,7 @@ def test_confusable_noise():
     noisy, true = (labels_of(x.learner('ce', 0), 0) for x in (c, Comparison('digits', ('ce',))))
     changed = [(a, b) for a, b in zip(true, noisy) if a != b]
     assert set(changed) == {(4, 9), (9, 4)} and 100 < len(changed) < 190
-    share = .5*np.isin(c.labels, [4, 9]).mean()
+    share = .5*np.isin(c.source.labels, [4, 9]).mean()
     assert '--pairs' in c.arguments() and f'0.5 of the classes in pairs, {share:.1%} of all labels' in c.describe()
     for bad in ('4-9', '4', 'a:b', '3:12', '4:4'):
         with pytest.raises(ValueError, match='pairs|4:4'): Comparison('digits', ('ce',), noise=.5, pairs=bad)

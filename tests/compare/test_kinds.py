@@ -42,7 +42,7 @@ def test_no_more_pixels_than_that():
     c = Comparison('digit_masks', ('ce',), epochs=1, seeds=1)
     learn, items = c.learner('ce', 0), c.source.splits()[1]
     logits, labels, owners, shown = pixels_of(learn, items, 0, {int(items[3])})
-    known = [(c.labels[i] != -100).sum() for i in items]
+    known = [(c.source.labels[i] != -100).sum() for i in items]
     expected = [min(k, PIXELS//len(items)) for k in known]
     assert [int((owners == i).sum()) for i in items] == expected and logits.shape == (sum(expected), 11)
     assert list(shown) == [items[3]] and shown[items[3]].shape == (24, 24)

@@ -1,30 +1,18 @@
 "The report: complete, self-contained, and opened in a real browser, wide and narrow (needs chromium: apt-get install chromium)"
 import html
-import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import BROWSER, look_at
 from users_files import write_digits
 
 from fastai_smooth.compare import Comparison
 from fastai_smooth.compare.pictures import plot_confidence, plot_differences, plot_errors, plot_losses, plot_reliability, plot_risk, plot_targets
 
 pytestmark = pytest.mark.slow
-BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 SECTIONS = ['Figures', 'At a glance', 'By strength', 'Reliability', 'Confidence', 'Which answers to doubt', 'Training', 'What the loss sees',
             'Sure, and wrong', 'Again']
-# what the page says about itself, from inside
-PROBE = '''<script>addEventListener('load', () => setTimeout(() => { const imgs = [...document.images];
-parent.document.title = JSON.stringify({
-broken: imgs.filter(i => !i.complete || !i.naturalWidth).length, images: imgs.length, alt: imgs.every(i => i.alt.length > 10),
-width: document.documentElement.scrollWidth, inner: innerWidth,
-headings: [...document.querySelectorAll('h2')].map(h => h.textContent),
-focusable: document.querySelectorAll('[tabindex="0"][aria-label]').length,
-scripts: document.querySelectorAll('script').length,
-smallest: Math.min(...[...document.querySelectorAll('p, td, figcaption')].map(e => parseFloat(getComputedStyle(e).fontSize)))}) }, 50))</script>'''
 
 
 @pytest.fixture(scope='module')
@@ -111,13 +99,8 @@ def test_errors_show_their_own_images(run):
 @pytest.mark.browser
 @pytest.mark.parametrize('width', [1280, 390] if BROWSER else [])
 def test_in_a_browser(width, run, tmp_path):
-    inside = html.escape(run[2].replace('</body>', PROBE+'</body>'))
-    frame = f'<iframe srcdoc="{inside}" style="width:{width}px;height:900px;border:0"></iframe>'
-    (tmp_path/'frame.html').write_text(f'<!doctype html><title>waiting</title>{frame}')
-    res = subprocess.run([BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr', '--window-size=1400,1000',
-                          '--virtual-time-budget=5000', '--dump-dom', f'file://{tmp_path}/frame.html'], capture_output=True, text=True, timeout=120)
-    said = json.loads(html.unescape(re.search(r'<title>(.*?)</title>', res.stdout, re.S).group(1)))
+    said, log = look_at(run[2], width, tmp_path)
     assert said['broken'] == 0 and said['images'] == 9 and said['alt'] and said['headings'] == SECTIONS
     assert said['width'] <= said['inner'] == width, "no scrolling sideways, except inside tables and pictures"
     assert said['focusable'] == 12 and said['smallest'] >= 13 and said['scripts'] == 1, "the probe is the only script"
-    assert 'CONSOLE' not in res.stderr, re.findall('.*CONSOLE.*', res.stderr)
+    assert not log

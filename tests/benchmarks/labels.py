@@ -1,0 +1,96 @@
+"""Wrong labels found and mended, and votes as labels: `python tests/benchmarks/labels.py` writes nbs/figures/labels.txt (about eight minutes of one core)
+
+mnist5k: 20% of the 4,000 training labels are replaced by another class (symmetric). `Learner.find_label_issues` looks for them; then networks are
+trained on the labels as they are, smoothed, relabelled, and without the suspects, and scored on 1,000 right labels. Digits: three simulated
+annotators, 10, 30 and 50% wrong; networks are trained on the majority, on the votes and on the votes with some in advance, and scored by right labels."""
+import warnings
+from pathlib import Path
+
+import fastai.callback.progress  # noqa: F401  (gives the Learner `no_bar`)
+import numpy as np
+import torch
+from fastai.callback.schedule import fit_one_cycle  # noqa: F401  (gives the Learner this method)
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
+
+from fastai_smooth.calibration import cross_fit, gather
+from fastai_smooth.compare import mean_ci
+from fastai_smooth.data import DawidSkene, array_dls, corrupt_labels, digits_arrays, mnist5k_arrays, small_convnet, stratified_split
+from fastai_smooth.losses import LabelSmoothingCrossEntropy
+
+FIGURES = Path(__file__).resolve().parents[2]/'nbs'/'figures'/'labels.txt'
+SEEDS = 5
+
+
+def learner(images, targets, labels, split, vocab, eps=0.):
+    "A learner of soft targets in training, and of right labels in validation"
+    soft = np.eye(len(vocab))[labels]
+    soft[split[0]] = targets
+    return Learner(array_dls(images, soft, vocab, split), small_convnet(1, len(vocab)), loss_func=LabelSmoothingCrossEntropy(eps))
+
+
+def scores(learn, epochs):
+    "Accuracy, and negative log-likelihood after temperature"
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, 3e-3)
+        predictions = gather(learn)
+    return predictions.figures(['accuracy'])['accuracy'], cross_fit(predictions)[0].figures(['nll'])['nll']
+
+
+def side_by_side(title, ways, make, epochs):
+    "A line per way to train: means over the seeds, and the paired difference from the first way with its 95% interval"
+    found = {way: [] for way in ways}
+    for seed in range(SEEDS):
+        for way in ways:
+            set_seed(seed, reproducible=True)
+            found[way].append(scores(make(way), epochs))
+    lines, first = [title], np.array(found[ways[0]])
+    for way, rows in found.items():
+        (acc, nll), gaps = np.mean(rows, 0), np.array(rows)-first
+        said = [f"{d['mean']:+.4f} ± {d['ci95']:.4f}" for d in map(mean_ci, gaps.T)] if way != ways[0] else ['', '']
+        lines.append(f'{way:24}accuracy {acc:.4f} {said[0]:20}NLL, T {nll:.4f} {said[1]}'.rstrip())
+    return lines
+
+
+def wrong_labels():
+    images, labels, vocab = mnist5k_arrays()
+    split = tuple(map(np.array, stratified_split(labels, .2, 0)))
+    noisy, transition, flipped = corrupt_labels(labels[split[0]], .2, seed=0)
+    noisy, flipped = np.asarray(noisy), np.asarray(flipped)
+    given = labels.copy()
+    given[split[0]] = noisy
+    set_seed(0, reproducible=True)
+    learn = Learner(array_dls(images, given, vocab, split), small_convnet(1, 10), loss_func=LabelSmoothingCrossEntropy(0.), lr=3e-3)
+    with learn.no_bar(): issues = learn.find_label_issues(5, 5)
+    hit = (issues.mask & flipped).sum()
+    true = np.asarray(transition)
+    lines = [f'mnist5k, {flipped.mean():.1%} of {len(noisy)} training labels wrong', f'suspects {issues.mask.sum()}, precision {hit/issues.mask.sum():.3f}, '
+             f'recall {hit/flipped.sum():.3f}, noise matrix off by {abs(issues.noise_matrix-true).mean():.4f} (mean absolute)', '']
+    hot, kept = np.eye(10)[noisy], issues.drop()
+    targets = {'ce': hot, 'ls .1': hot, 'relabelled, mix .3': issues.relabel(.3), 'relabelled, mix 1': issues.relabel(1.), 'dropped': hot}
+
+    def make(way):
+        if way != 'dropped': return learner(images, targets[way], labels, split, vocab, .1 if way == 'ls .1' else 0.)
+        return learner(images, hot[kept], labels, (split[0][kept], split[1]), vocab)
+    title = f'mnist5k with these labels, 3 epochs, {SEEDS} seeds, scored on {len(split[1])} right labels; differences from ce'
+    return lines+side_by_side(title, [*targets], make, 3)
+
+
+def votes():
+    images, labels, vocab = digits_arrays()
+    split = tuple(map(np.array, stratified_split(labels, .2, 0)))
+    cast = np.stack([np.asarray(corrupt_labels(labels[split[0]], rate, seed=i)[0]) for i, rate in enumerate((.1, .3, .5))], 1)
+    counts, annotators = np.stack([(cast == k).sum(1) for k in range(10)], 1), DawidSkene(cast, 10).fit()
+    targets = {'majority': np.eye(10)[counts.argmax(1)], 'votes': counts/3, 'votes, α = .1': (counts+.1)/4, 'Dawid and Skene': annotators.probabilities}
+    right = {'majority': counts.argmax(1), 'Dawid and Skene': annotators.labels}
+    lines = ['', 'digits, annotators 10, 30 and 50% wrong: right labels '+', '.join(f'{k} {(v == labels[split[0]]).mean():.3f}' for k, v in right.items()), '']
+    return lines+side_by_side(f'digits, 12 epochs, {SEEDS} seeds, scored on {len(split[1])} right labels; differences from majority', [*targets],
+                              lambda way: learner(images, targets[way], labels, split, vocab), 12)
+
+
+if __name__ == '__main__':
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    lines = wrong_labels()+votes()
+    FIGURES.write_text('\n'.join(lines)+'\n', encoding='utf-8')
+    print('\n'.join(lines))
