@@ -33,7 +33,8 @@ def test_timm_binary_cross_entropy(eps, weight):
         ours = LabelSmoothingBCE(eps, **kwargs)
         close(ours(z, y), timm.loss.BinaryCrossEntropy(eps, **kwargs)(z, y))
         for q in (torch.rand(8, K), (torch.rand(8, K) > .5).float()):
-            close(ours(z, q), timm.loss.BinaryCrossEntropy(eps, smooth_dense=True, **kwargs)(z, q))
+            if hasattr(timm.loss.BinaryCrossEntropy(), 'smooth_dense'): # older versions of timm never smooth them
+                close(ours(z, q), timm.loss.BinaryCrossEntropy(eps, smooth_dense=True, **kwargs)(z, q))
 
 
 @given(st.data())
