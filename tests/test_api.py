@@ -84,7 +84,8 @@ CONTRACT = {
 }
 LOSSES = [n for n in CONTRACT if n.startswith(('LabelSmoothing', 'MultiLabel', 'LogitPenalty')) and n != 'LabelSmoothing']
 # of `fastai-smooth compare`, with the defaults where these do not depend on the data
-OPTIONS = {'data': 'digits', 'eps': .1, 'noise': 0., 'epochs': None, 'seeds': 5, 'weights': None, 'bs': 64, 'size': None, 'valid_pct': .2, 'out': None,
+# bs: 64, or less where that makes fewer than eight batches
+OPTIONS = {'data': 'digits', 'eps': .1, 'noise': 0., 'epochs': None, 'seeds': 5, 'weights': None, 'bs': None, 'size': None, 'valid_pct': .2, 'out': None,
            'resume': False}
 
 

@@ -104,7 +104,7 @@ def numbers(ks): return ('s ' if len(ks) > 1 else ' ') + ', '.join(map(str, ks[:
 def fit_temperature(
     predictions:Predictions # Of held-out data
 )->float|Tensor: # T in [.01, 100]; one per label, (K,), where each class is a question of its own
-    "The most probable temperature, with a weak prior at 1. A warning where the data cannot tell it, or where it is at the end of its range"
+    "The most probable temperature, with half an example of any class and a weak prior at 1. A warning where it cannot be told, or is at the end of its range"
     if predictions.binary:
         each,untold,empty = fit_labels(predictions)
         if empty: warnings.warn(f"Label{numbers(empty)} has no positive or no negative in these data: its temperature is that of all labels together.")
@@ -117,7 +117,7 @@ def fit_temperature(
         if not ends and not tells(predictions, t):
             right = predictions.right().mean().item()
             warnings.warn(f"The data cannot tell the temperature: of {len(predictions)} decisions {right:.1%} are right, and {t/3:.2g} or {3*t:.2g} fit about "
-                          f"as well as T = {t:.2g}, which is where a weak prior at 1 leaves it. Use more held-out data.")
+                          f"as well as T = {t:.2g}, which is where half an example more and a weak prior leave it. Use more held-out data.")
     if ends: warnings.warn(f"The temperature{ends[0]} is at the end of its range, {LOWEST} to {HIGHEST:g}: the scale of these logits, or their decisions, have "
                            "little to do with the labels.")
     return t

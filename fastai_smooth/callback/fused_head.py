@@ -102,7 +102,9 @@ class FusedHead(TrainingPassCallback):
         if self._head is None: return
         pred = self.learn.pred
         if self._head.calls == 1 and any(isinstance(z, LazyLogits) for z in (pred if isinstance(pred, (tuple, list)) else (pred,))): return
-        what = f'is used {self._head.calls} times in a batch' if self._head.calls != 1 else 'does not give the predictions: something comes after it'
+        calls = self._head.calls
+        if calls == 0: what = 'is not called as a layer, as in a model that is compiled'
+        else: what = 'does not give the predictions: something comes after it' if calls == 1 else f'is used {calls} times in a batch'
         raise ValueError(f"FusedHead needs a last layer whose output the model returns as it is, but {self.name_of_layer!r} {what}. "
                          "If the predictions come from another layer, give its name: FusedHead(layer=...).")
 

@@ -107,8 +107,13 @@ def target_for(
         else:
             context = {} if head.dist is None else {'logits': pred, 'inputs': inputs}
             return part,spread(y, eps, head.axis, head.dist, head.convention or 'uniform', **context)
-    if isinstance(part, SmoothingLoss): part.eps = eps
+    if isinstance(part, SmoothingLoss): set_strength(part, eps)
     return part,y
+
+def set_strength(part, eps):
+    "Give a loss its strength, unless it is the same number as in the batch before"
+    now = part.eps
+    if isinstance(now, Tensor) or isinstance(eps, Tensor) or now != eps: part.eps = eps
 
 def check_integers(y, pred, axis):
     "Raise a ValueError for class labels that are floating numbers"
@@ -222,7 +227,9 @@ class SmoothedLoss(StandIn):
         "fastai sets the reduction of the user's loss to 'none' for a while"
         for head, (before, own) in zip(self.heads, self.reductions):
             now = getattr(head.user, 'reduction', None)
-            if now is not None and own is not None: head.part.reduction = own if now == before else now
+            if now is None or own is None: continue
+            if now == before: now = own
+            if head.part.reduction != now: head.part.reduction = now # writing an attribute of a module takes longer than reading it
 
     def wrap(self):
         "Let the targets of the batch be blended, and remember them"

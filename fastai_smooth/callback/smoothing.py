@@ -291,9 +291,9 @@ class AfterEverybody(Callback):
     def __init__(self, owner=None): self.owner = owner
 
     def __call__(self, event_name):
-        if self.owner is None or self.owner.learn is not self.learn: return
-        if event_name == 'after_pred': self.owner.after_pred() # whoever gives the learner another loss has done so
-        elif event_name == 'after_batch': check_reported_labels() # the Recorder has waited for the loss
+        if event_name == 'after_batch': check_reported_labels() # the Recorder has waited for the loss
+        elif event_name == 'after_pred' and self.owner is not None and self.owner.learn is self.learn:
+            self.owner.after_pred() # whoever gives the learner another loss has done so
 
     def __reduce__(self): return AfterEverybody, () # of a learner that is exported meanwhile, it has nothing to do there
 

@@ -114,7 +114,7 @@ class Trainings(Question):
             else: logits,labels = (t.numpy() for t in learn.get_preds(act=torch.nn.Identity()))
         if self.source.labels.ndim == 1 and not self.voted: labels = labels.reshape(-1) # of a table (N, 1)
         if best: logits = at_best_epoch(each.logits, labels, self.voted)
-        diverged = not np.isfinite(logits).all()
+        diverged = np.array(not np.isfinite(logits).all())
         if diverged: logits = np.zeros_like(logits) # which say nothing: all classes alike
         res = dict(logits=logits, labels=labels, items=items, losses=losses, diverged=diverged, **(dict(shares=np.array(True)) if self.voted else {}))
         return dict(res, shown_items=np.array(list(shown)), shown=np.stack(list(shown.values()))) if shown else res

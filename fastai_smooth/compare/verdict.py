@@ -233,10 +233,9 @@ def notes_of(evidence):
              for m, (n, _, _) in times.items() if n]
     notes += [f"{m} learned nothing in {n-times[m][0]} of {runs} (NLL after temperature not below that of the class frequencies): more epochs, or another "
               "learning rate." for m, n in evidence.failed.items() if n > times[m][0]]
-    for m in names:
-        _,bound,untold = times[m]
-        if bound: notes.append(f"The temperature of {m} is at the end of its range in {bound} of {runs}.")
-        elif untold: notes.append(f"The data hardly tell the temperature of {m} in {untold} of {runs}; a weak prior keeps it near 1.")
+    notes += [f"The temperature of {m} is at the end of its range in {bound} of {runs}." for m, (_, bound, _) in times.items() if bound]
+    untold = ', '.join(f'of {m} in {n} of {runs}' for m, (_, bound, n) in times.items() if n and not bound)
+    if untold: notes.append(f"The data hardly tell the temperature {untold}: half an example more and a weak prior keep it finite.")
     alike = lambda a, b: np.allclose(figures_of(rows, a, PRIMARY), figures_of(rows, b, PRIMARY), 1e-9, 0)
     notes += [f"{a} and {b} gave the same predictions: they are one method here." for i, a in enumerate(names) for b in names[i+1:] if alike(a, b)]
     strengths = {}

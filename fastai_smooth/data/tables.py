@@ -85,7 +85,6 @@ def column_votes(
                          "probabilities that sum to 1; leave rows without any out with --skip-broken (skip_broken=True).")
     return counts
 
-#| exporti
 def check_delimiter(
     values, # Cells with labels
     path, # Where they are from

@@ -1,6 +1,7 @@
 "The losses as functions: a formula and faster paths for each, and the choice between them"
 from .formulas import (
     REDUCTIONS,
+    all_possible,
     check_class_weight,
     check_several_classes,
     class_axis,
@@ -10,6 +11,7 @@ from .formulas import (
     reduce,
     smooth_binary_cross_entropy_reference,
     smooth_cross_entropy_reference,
+    surely,
     without_ignored,
 )
 from .gpu import check_reported_labels

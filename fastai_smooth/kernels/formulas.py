@@ -131,6 +131,18 @@ def check_class_weight(
                              "A class that never occurs has no 1/count: give it a weight by hand.")
     return weight
 
+def surely(
+    condition:Tensor # Boolean
+)->bool: # False also where values cannot be read
+    "Whether a condition is known to hold everywhere, so that a precaution of the size of the logits can be spared"
+    return is_readable(condition) and not torch.jit.is_tracing() and bool(condition.all())
+
+def all_possible(
+    logits:Tensor, # Logits or log-probabilities
+)->bool: # False also where values cannot be read
+    "Whether no class is ruled out by a logit of -inf"
+    return logits.numel() > 0 and surely(logits.detach().amin() > -torch.inf)
+
 def without_ignored(
     logits:Tensor, # (N, K, *) with the classes at `axis`
     target, # Index, dense or mixed target
@@ -140,7 +152,9 @@ def without_ignored(
     "Logits from which a gradient can be computed whatever stands at ignored positions"
     index, coefficient, ignore_index = entries(logits, target, axis, ignore_index)
     if index is not None: _, coefficient = kept_entries(index, coefficient, logits.shape[axis], ignore_index, logits.dtype)
-    return logits if coefficient is None else logits.masked_fill((coefficient == 0).all(axis, keepdim=True), 0.)
+    if coefficient is None: return logits
+    nothing = (coefficient == 0).all(axis, keepdim=True)
+    return logits if surely(~nothing) else logits.masked_fill(nothing, 0.)
 
 def log_softmax(logits, target, axis, ignore_index): return without_ignored(logits, target, axis, ignore_index).log_softmax(axis)
 

@@ -89,9 +89,10 @@ def cross_entropy(
     logits, target, index, coefficient, native = base_tensor(logits), base_tensor(target), None, None, False
     formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
-    if simple and are_few(logits, target, axis) and path_of(logits, target, None, True) == 'cpu' and all_classes(target, logits.shape[1], ignore_index):
-        return cpu_cross_entropy_of_few(logits, target, eps, reduction == 'mean', formula)
     on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
+    few = simple and not on_gpu and are_few(logits, target, axis) and path_of(logits, target, None, True) == 'cpu'
+    if few and all_classes(target, logits.shape[1], ignore_index):
+        return cpu_cross_entropy_of_few(logits, target, eps, reduction == 'mean', formula)
     if not on_gpu:
         logits = in_single_precision(logits)
         index, coefficient, ignored = entries(logits, target, axis, ignore_index)

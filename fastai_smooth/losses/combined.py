@@ -13,7 +13,7 @@ from types import BuiltinFunctionType, FunctionType
 import torch
 from torch import Tensor, nn
 
-from ..kernels import REDUCTIONS, in_single_precision, reduce, without_ignored
+from ..kernels import REDUCTIONS, all_possible, in_single_precision, reduce, surely, without_ignored
 from .binary import LabelSmoothingBCE
 from .overlap import LabelSmoothingDice
 from .settings import loss_settings
@@ -113,13 +113,14 @@ class LogitPenalty(LossOfLosses):
         loss,axis = self.loss(pred, target, **kwargs),check_axis(pred, self.loss.axis)
         z = in_single_precision(pred)
         known = mass_of(target, z, axis, loss_settings(self.loss).ignore_index)
-        z = z.masked_fill((known == 0).unsqueeze(axis), 0.) # padding may hold anything
+        if not surely(known != 0): z = z.masked_fill((known == 0).unsqueeze(axis), 0.) # padding may hold anything
+        possible,top = all_possible(z),z.amax(axis, keepdim=True)
+        ruled_out = lambda x: x if possible else x.masked_fill(z == -torch.inf, 0.) # a class that is ruled out has no logit to keep small
         if self.kind == 'confidence':
             log_p = z.log_softmax(axis)
-            penalty = (log_p.exp()*log_p.masked_fill(log_p == -torch.inf, 0.)).sum(axis)
-        else: # a class that is ruled out has no logit to keep small
-            gap = (z.amax(axis, keepdim=True)-z).masked_fill(z == -torch.inf, 0.)
-            penalty = (gap if self.kind == 'maxsup' else (gap-self.margin).relu()).mean(axis)
+            penalty = (log_p.exp()*(log_p if all_possible(log_p) else log_p.masked_fill(log_p == -torch.inf, 0.))).sum(axis)
+        elif self.kind == 'margin': penalty = ruled_out((top-self.margin-z).relu()).mean(axis)
+        else: penalty = top.squeeze(axis)-z.mean(axis) if possible else ruled_out(top-z).mean(axis)
         penalty = self.strength*penalty*known
         if self.reduction != 'none': return loss + reduce(penalty, known, self.reduction)
         if isinstance(self.leaves()[0], LabelSmoothingDice): return loss + (penalty.flatten(1).mean(1) if penalty.ndim > 1 else penalty)[:,None]

@@ -11,7 +11,7 @@ __all__ = ['LabelSmoothingFocal', 'LabelSmoothingDice']
 import torch
 from torch import Tensor, nn
 
-from ..kernels import check_several_classes, in_single_precision, without_ignored
+from ..kernels import all_possible, check_several_classes, in_single_precision, surely, without_ignored
 from .softmax import LabelSmoothingCrossEntropy, SoftmaxLoss
 from ..distributions import check_distribution
 from ..targets import check_axis, dense_target, spread
@@ -40,9 +40,18 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
     def log_probs(self, pred, axis):
         log_p = pred.log_softmax(axis)
         if not self.gamma: return log_p
+        if all_possible(log_p): return log_p*self.focus(log_p)
         ruled_out = log_p == -torch.inf # 0 instead, where the focal factor has a gradient
         log_p = log_p.masked_fill(ruled_out, 0.)
-        return (log_p*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)**self.gamma).masked_fill(ruled_out, -torch.inf)
+        return (log_p*self.focus(log_p)).masked_fill(ruled_out, -torch.inf)
+
+    def focus(self,
+        log_p:Tensor, # Log-probabilities
+    )->Tensor: # Of the same shape
+        "The focal factor (1 - p)^gamma"
+        rest = -log_p.expm1()
+        if self.gamma < 2: rest = rest.clamp(min=torch.finfo(log_p.dtype).tiny) # its derivatives at 0 are not finite
+        return rest**self.gamma
 
 # %% ../../nbs/32_losses.overlap.ipynb #e200e2a1
 class LabelSmoothingDice(SoftmaxLoss):
@@ -73,11 +82,12 @@ class LabelSmoothingDice(SoftmaxLoss):
         if axis == 0: raise ValueError(f"axis=0 of predictions of shape {tuple(pred.shape)} counts examples: the classes need another one.")
         check_several_classes(pred.shape, axis)
         q = dense_target(target, logits, axis, self.ignore_index)
-        p = without_ignored(logits, q, axis, None).softmax(axis)*q.sum(axis, keepdim=True) # a pixel without mass counts for nothing
+        p, mass = without_ignored(logits, q, axis, None).softmax(axis), q.sum(axis, keepdim=True)
+        if q.requires_grad or not surely(mass == 1): p = p*mass # a pixel without mass counts for nothing
         q = spread(q, self.eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
         area = [d for d in range(1, pred.ndim) if d != axis]
         total = lambda x: x.sum(area) if area else x
         if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())
-        else: inter,union = total(torch.minimum(p, q)),total(p+q)
+        else: inter,union = total(torch.minimum(p, q)),total(p)+total(q)
         loss = 1 - (2*inter+self.smooth)/(union+self.smooth)
         return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' or not loss.numel() else loss.mean()

@@ -180,7 +180,7 @@ def check_eps(
 )->float|Tensor: # A float, or a 1-D tensor with one value per class; on a GPU one number stays a tensor
     "Check that smoothing strengths lie in [0, 1]; otherwise ValueError, or TypeError for what is no number. On a GPU only the shape"
     if isinstance(eps, bool): raise TypeError(f"{name} must be a number in [0, 1], but got {eps!r}.")
-    if isinstance(eps, Real): value = low = high = float(eps)
+    if isinstance(eps, (float, Real)): value = low = high = float(eps) # a float is known at once, the abstract class is slow
     else:
         try: value = torch.as_tensor(eps, dtype=torch.get_default_dtype()).detach()
         except (TypeError, ValueError, RuntimeError):

@@ -4,7 +4,8 @@
     python tests/benchmarks/losses.py [--threads 1] [--rounds 9] [--only index] [--compile] [--json nbs/figures/losses_cpu.json]
 
 prints a Markdown table of ratios, and writes them as JSON, which the notebook of kernels.cpu reads. t: over torch's own loss,
-F.cross_entropy(label_smoothing=.1), or F.binary_cross_entropy_with_logits of smoothed targets. L: over one out-of-place softmax (sigmoid) of the
+F.cross_entropy(label_smoothing=.1), or F.binary_cross_entropy_with_logits of smoothed targets; for focal loss, Dice and the penalties over their formula
+written down in torch. L: over one out-of-place softmax (sigmoid) of the
 same logits. mem: the peak of what is allocated over the size of the logits, where the gradient alone is 1. --compile adds torch.compile of torch's
 loss, which takes minutes and a C++ compiler.
 
@@ -24,7 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from fastai_smooth.losses import LabelSmoothingBCE, LabelSmoothingCrossEntropy
+from fastai_smooth.losses import (
+    LabelSmoothingBCE,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingDice,
+    LabelSmoothingFocal,
+    LogitPenalty,
+    MultiLabelSmoothingCrossEntropy,
+)
 from fastai_smooth.targets import MixedTarget
 
 EPS = .1
@@ -35,7 +43,42 @@ CASES = [('index 64×10', (64, 10), 1, 'index', 0), ('index 256×1000', (256, 10
          ('MixUp pair 256×1000', (256, 1000), 1, 'pair', 0), ('MixUp pair 128×21841', (128, 21841), 1, 'pair', 0),
          ('dense 256×1000', (256, 1000), 1, 'dense', 0), ('dense 128×21841', (128, 21841), 1, 'dense', 0),
          ('multi-label 256×80', (256, 80), 1, 'multi-label', 0), ('multi-label 128×9605', (128, 9605), 1, 'multi-label', 0),
-         ('no gradient 256×1000', (256, 1000), 1, 'no gradient', 0), ('no gradient 2048×32000', (2048, 32000), 1, 'no gradient', 0)]
+         ('no gradient 64×10', (64, 10), 1, 'no gradient', 0), ('no gradient 256×1000', (256, 1000), 1, 'no gradient', 0),
+         ('no gradient 2048×32000', (2048, 32000), 1, 'no gradient', 0),
+         *((f'{kind} {name}', shape, 1, kind, 0) for kind in ('focal', 'margin', 'maxsup', 'confidence')
+           for name, shape in (('64×10', (64, 10)), ('256×1000', (256, 1000)), ('masks (4,21,128,128)', (4, 21, 128, 128)))),
+         ('Dice masks (4,2,128,128)', (4, 2, 128, 128), 1, 'dice', 0), ('Dice masks (4,21,128,128)', (4, 21, 128, 128), 1, 'dice', 0),
+         ('softmax of several labels 64×10', (64, 10), 1, 'several', 0), ('softmax of several labels 256×1000', (256, 1000), 1, 'several', 0)]
+
+
+def smoothed(y, k, like):
+    "One-hot labels, smoothed"
+    return torch.zeros_like(like).scatter_(1, y.unsqueeze(1), 1-EPS).add_(EPS/k)
+
+
+def focal(z, y):
+    "Focal loss of the smoothed target, as its formula stands"
+    log_p = z.log_softmax(1)
+    return -(smoothed(y, z.shape[1], z)*(1-log_p.exp())**2*log_p).sum(1).mean()
+
+
+def dice(z, y):
+    "1 - (2 intersection + smooth)/(union + smooth) of the smoothed target"
+    p, q, area = z.softmax(1), smoothed(y, z.shape[1], z), tuple(range(2, z.ndim))
+    return (1 - (2*torch.minimum(p, q).sum(area)+1e-6)/((p+q).sum(area)+1e-6)).sum()
+
+
+def penalized(kind):
+    "torch's loss and a penalty of the logits"
+    def loss(z, y):
+        if kind == 'confidence':
+            log_p = z.log_softmax(1)
+            penalty = (log_p.exp()*log_p).sum(1)
+        else:
+            gap = z.amax(1, keepdim=True)-z
+            penalty = (gap if kind == 'maxsup' else (gap-10.).relu()).mean(1)
+        return F.cross_entropy(z, y, label_smoothing=EPS) + .1*penalty.mean()
+    return loss
 
 
 def contenders(shape, axis, kind, ignored, compiled=False):
@@ -60,6 +103,12 @@ def contenders(shape, axis, kind, ignored, compiled=False):
         if not ignored and len(shape) == 2:
             losses |= dict(fastai=fl.LabelSmoothingCrossEntropy(EPS), timm=timm.loss.LabelSmoothingCrossEntropy(EPS))
         elif not ignored: losses['fastai'] = flat
+    elif kind == 'focal': target, losses = (y,), dict(ours=LabelSmoothingFocal(EPS, axis=axis), torch=focal)
+    elif kind == 'dice': target, losses = (y,), dict(ours=LabelSmoothingDice(EPS), torch=dice)
+    elif kind in ('margin', 'maxsup', 'confidence'): target, losses = (y,), dict(ours=LogitPenalty(ours, kind), torch=penalized(kind))
+    elif kind == 'several':
+        target = (torch.rand(shape) < .3).float().index_fill_(1, torch.tensor(0), 1.),
+        losses = dict(ours=MultiLabelSmoothingCrossEntropy(EPS), torch=lambda z, y: F.cross_entropy(z, y/y.sum(1, keepdim=True), label_smoothing=EPS))
     elif kind == 'dense':
         target, soft = (torch.rand(shape).softmax(axis),), timm.loss.SoftTargetCrossEntropy()
         losses = dict(ours=ours, torch=cross_entropy, timm=lambda z, q: soft(z, q*(1-EPS)+EPS/k))

@@ -152,6 +152,15 @@ def test_results_inside_the_data_are_refused(tmp_path):
     assert Comparison(tmp_path, ('ce',), size=8, bs=8, out=tmp_path/'fastai_smooth_runs'/'a').n_train == 80, "which readers leave out"
 
 
+@pytest.mark.slow
+def test_the_best_epoch_of_cross_entropy():
+    "Of a training that is still learning, that is the last"
+    c = Comparison('digits', ('ce', 'ce@best'), epochs=2, seeds=1)
+    best, last = (c.train(m, 0) for m in ('ce@best', 'ce'))
+    np.testing.assert_allclose(best['logits'], last['logits'], atol=1e-5)
+    assert (best['items'] == last['items']).all() and not best['diverged']
+
+
 def test_rare_classes_are_named_and_not_refused(tmp_path):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(rng.normal(size=(120, 3)), columns=list('abc'))
@@ -236,30 +245,40 @@ def test_several_labels_end_to_end(tmp_path):
 
 # -- processes
 
-@pytest.mark.slow
-@pytest.mark.processes
-def test_jobs_give_the_same_figures(tmp_path):
-    for jobs in ('1', '2'):
-        command = [*CLI, 'iris', *FAST, '--jobs', jobs, '--out', str(tmp_path/jobs)]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'})
-    for name in ('runs.csv', 'summary.json'): assert (tmp_path/'1'/name).read_text() == (tmp_path/'2'/name).read_text()
+@pytest.fixture
+def one_thread():
+    "As the processes of a comparison have: sums in another order are other sums"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def same_results(one, other):
+    for name in ('runs.csv', 'summary.json'): assert (one/name).read_text() == (other/name).read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path):
+def test_jobs_give_the_same_figures(tmp_path, one_thread):
+    for jobs in ('1', '2'): assert main(['compare', 'iris', *FAST, '--jobs', jobs, '--out', str(tmp_path/jobs)]) == 0
+    same_results(tmp_path/'1', tmp_path/'2')
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, one_thread):
     "kill -9 in the middle; meanwhile nobody else may use the folder"
-    command = [*CLI, 'digits', '--epochs', '4', '--seeds', '3', '--methods', 'ce,ls', '--out', str(tmp_path/'killed')]
+    args = ['digits', '--epochs', '2', '--seeds', '3', '--methods', 'ce,ls', '--out']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    run = subprocess.Popen([*CLI, *args, str(tmp_path/'killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     for _ in range(3000):
         if list(tmp_path.glob('killed/predictions/*.npz')): break
         time.sleep(.1)
     with pytest.raises(ValueError, match='in use by another run'):
-        with Comparison('digits', ('ce', 'ls'), epochs=4, seeds=3, out=tmp_path/'killed', resume=True)._folder.claim(): pass
+        with Comparison('digits', ('ce', 'ls'), epochs=2, seeds=3, out=tmp_path/'killed', resume=True)._folder.claim(): pass
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
     assert not (tmp_path/'killed'/'summary.json').exists()
-    subprocess.run([*command, '--resume'], check=True, capture_output=True, env=env)
-    subprocess.run([*command[:-1], str(tmp_path/'whole')], check=True, capture_output=True, env=env)
-    for name in ('runs.csv', 'summary.json'): assert (tmp_path/'killed'/name).read_text() == (tmp_path/'whole'/name).read_text()
+    for name, more in (('killed', ['--resume']), ('whole', [])): assert main(['compare', *args, str(tmp_path/name), *more]) == 0
+    same_results(tmp_path/'killed', tmp_path/'whole')

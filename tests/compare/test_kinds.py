@@ -51,8 +51,9 @@ def test_no_more_pixels_than_that():
 @pytest.mark.slow
 @pytest.mark.parametrize('several', [False, True])
 def test_texts_side_by_side(several, tmp_path):
-    write_texts(tmp_path/'t.csv', several, 200)
-    args = ['compare', str(tmp_path/'t.csv'), *(['--delimiter', ';'] if several else ['--noise', '0,.3']), '--epochs', '1', '--seeds', '2', '--bs', '32']
+    write_texts(tmp_path/'t.csv', several, 120)
+    more = ['--delimiter', ';', '--seeds', '2'] if several else ['--noise', '0,.3', '--seeds', '1']
+    args = ['compare', str(tmp_path/'t.csv'), *more, '--epochs', '1', '--bs', '32']
     assert main([*args, '--out', str(tmp_path/'run')]) == 0
     s = json.loads((tmp_path/'run'/'summary.json').read_text())
     assert list(s['methods']) == (['ce', 'ls'] if several else ['ce~0', 'ls~0', 'ce~0.3', 'ls~0.3']) and s['arch'] == 'small_awd_lstm'
@@ -68,10 +69,10 @@ def test_tables_side_by_side():
 @pytest.mark.slow
 def test_several_noise_rates_are_so_many_comparisons():
     "Each figure is that of a comparison with one rate; differences are taken within a rate"
-    both = Comparison('digits', ('ce', 'ls'), noise=[0., .4], epochs=1, seeds=2)
+    both = Comparison('wine', ('ce', 'ls'), noise=[0., .4], epochs=1, seeds=2)
     s = both.run(progress=False)
     for rate in (0., .4):
-        alone = Comparison('digits', ('ce', 'ls'), noise=rate, epochs=1, seeds=2).run(progress=False)
+        alone = Comparison('wine', ('ce', 'ls'), noise=rate, epochs=1, seeds=2).run(progress=False)
         for m in ('ce', 'ls'): assert alone['methods'][m] == s['methods'][f'{m}~{rate:g}']
     assert 'Label noise 0.4: ' in s['verdict']
 
