@@ -44,12 +44,12 @@ def side_by_side(title, ways, make, epochs):
         for way in ways:
             set_seed(seed, reproducible=True)
             found[way].append(scores(make(way), epochs))
-    lines, first = [title], np.array(found[ways[0]])
+    first = np.array(found[ways[0]])
+    yield title
     for way, rows in found.items():
         (acc, nll), gaps = np.mean(rows, 0), np.array(rows)-first
         said = [f"{d['mean']:+.4f} ± {d['ci95']:.4f}" for d in map(mean_ci, gaps.T)] if way != ways[0] else ['', '']
-        lines.append(f'{way:24}accuracy {acc:.4f} {said[0]:20}NLL, T {nll:.4f} {said[1]}'.rstrip())
-    return lines
+        yield f'{way:24}accuracy {acc:.4f} {said[0]:20}NLL, T {nll:.4f} {said[1]}'.rstrip()
 
 
 def wrong_labels():
@@ -64,8 +64,9 @@ def wrong_labels():
     with learn.no_bar(): issues = learn.find_label_issues(5, 5)
     hit = (issues.mask & flipped).sum()
     true = np.asarray(transition)
-    lines = [f'mnist5k, {flipped.mean():.1%} of {len(noisy)} training labels wrong', f'suspects {issues.mask.sum()}, precision {hit/issues.mask.sum():.3f}, '
-             f'recall {hit/flipped.sum():.3f}, noise matrix off by {abs(issues.noise_matrix-true).mean():.4f} (mean absolute)', '']
+    yield f'mnist5k, {flipped.mean():.1%} of {len(noisy)} training labels wrong'
+    yield (f'suspects {issues.mask.sum()}, precision {hit/issues.mask.sum():.3f}, '
+           f'recall {hit/flipped.sum():.3f}, noise matrix off by {abs(issues.noise_matrix-true).mean():.4f} (mean absolute)')
     hot, kept = np.eye(10)[noisy], issues.drop()
     targets = {'ce': hot, 'ls .1': hot, 'relabelled, mix .3': issues.relabel(.3), 'relabelled, mix 1': issues.relabel(1.), 'dropped': hot}
 
@@ -73,7 +74,7 @@ def wrong_labels():
         if way != 'dropped': return learner(images, targets[way], labels, split, vocab, .1 if way == 'ls .1' else 0.)
         return learner(images, hot[kept], labels, (split[0][kept], split[1]), vocab)
     title = f'mnist5k with these labels, 3 epochs, {SEEDS} seeds, scored on {len(split[1])} right labels; differences from ce'
-    return lines+side_by_side(title, [*targets], make, 3)
+    yield from side_by_side(title, [*targets], make, 3)
 
 
 def votes():
@@ -83,14 +84,17 @@ def votes():
     counts, annotators = np.stack([(cast == k).sum(1) for k in range(10)], 1), DawidSkene(cast, 10).fit()
     targets = {'majority': np.eye(10)[counts.argmax(1)], 'votes': counts/3, 'votes, α = .1': (counts+.1)/4, 'Dawid and Skene': annotators.probabilities}
     right = {'majority': counts.argmax(1), 'Dawid and Skene': annotators.labels}
-    lines = ['', 'digits, annotators 10, 30 and 50% wrong: right labels '+', '.join(f'{k} {(v == labels[split[0]]).mean():.3f}' for k, v in right.items()), '']
-    return lines+side_by_side(f'digits, 12 epochs, {SEEDS} seeds, scored on {len(split[1])} right labels; differences from majority', [*targets],
-                              lambda way: learner(images, targets[way], labels, split, vocab), 12)
+    yield ('digits, annotators 10, 30 and 50% wrong: right labels '+', '.join(f'{k} {(v == labels[split[0]]).mean():.3f}' for k, v in right.items()))
+    yield from side_by_side(f'digits, 12 epochs, {SEEDS} seeds, scored on {len(split[1])} right labels; differences from majority', [*targets],
+                            lambda way: learner(images, targets[way], labels, split, vocab), 12)
 
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
-    lines = wrong_labels()+votes()
+    lines = []
+    for part in (wrong_labels, votes):
+        for line in part():
+            lines.append(line)
+            print(line, flush=True)
     FIGURES.write_text('\n'.join(lines)+'\n', encoding='utf-8')
-    print('\n'.join(lines))
