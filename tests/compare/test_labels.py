@@ -54,6 +54,7 @@ def test_from_doubtful_labels_to_a_table_a_page_and_soft_labels(audit, tmp_path,
         assert said['broken'] == 0 and said['images'] == min(len(table), 200)+1 and said['alt'] and said['width'] <= said['inner'] == 390 and not log
 
 
+@pytest.mark.slow
 def test_rows_and_texts_have_suspects_too(tmp_path):
     frame = pd.DataFrame(dict(text=['a good thing', 'a bad thing']*40, label=['+', '-']*40))
     frame.loc[4, 'label'] = '-'

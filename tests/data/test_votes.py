@@ -73,6 +73,7 @@ def test_votes_that_are_none(text, how, words, desk):
     with pytest.raises(ValueError, match=words): read_source(file, progress=False, **how)
 
 
+@pytest.mark.slow
 def test_what_each_method_trains_on(desk):
     "The majority label, the votes, or the votes and some in advance; validation labels are the votes for all of them"
     folder, counts = desk

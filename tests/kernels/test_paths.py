@@ -175,6 +175,8 @@ def test_private_names_of_torch():
     "The releases of torch that the package allows have these names, and they tell what we take them for"
     assert torch._C._are_functorch_transforms_active() is False
     torch.func.vmap(lambda x: [x, assert_(torch._C._are_functorch_transforms_active() and in_transform(x))][0])(torch.ones(2))
+    assert torch.autograd.forward_ad._current_level < 0
+    with torch.autograd.forward_ad.dual_level(): assert torch.autograd.forward_ad._current_level >= 0
     seen = []
 
     class Probe(torch.autograd.Function):
