@@ -31,7 +31,7 @@ def commands():
         lines = [line for _, block in FENCE.findall(text) for line in block.replace('\\\n', ' ').split('\n')]
         lines += [' '.join(span.split()) for span in re.findall(r'`([^`]+)`', FENCE.sub('', text))]
         for line in dict.fromkeys(lines):
-            for part in re.split(r'&&|;|\|', line):
+            for part in re.split(r"(?:&&|;|\|)(?=(?:[^']*'[^']*')*[^']*$)", line):  # outside quotes
                 if re.match(r'fastai-smooth\s+\S', part.strip()): yield name, part.strip()
 
 
