@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
+from memory import peak
 
 from fastai_smooth.distributions import ClassPrior, Online, Similarity, Spatial, Taxonomy, Uniform, Zipf
 from fastai_smooth.kernels import smooth_linear_cross_entropy
@@ -167,16 +167,6 @@ def test_autocast_is_that_of_the_linear_layer():
     for a, c in zip(torch.autograd.grad(ours, (x, w, b)), torch.autograd.grad(theirs, (x, w, b))):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, c, rtol=2e-2, atol=2e-2)
-
-
-def peak(step):
-    "Most bytes that a call has allocated at a time"
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: step()
-    now = most = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize('dist', [None, ClassPrior([1.]*20000), Taxonomy([f'{k % 20}/{k % 400}/{k}' for k in range(20000)])], ids=['uniform', 'prior', 'tree'])

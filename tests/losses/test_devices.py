@@ -99,17 +99,19 @@ class Mix(Callback):
     def before_batch(self): self.learn.yb = (torch.lerp(self.y.flip(0), self.y, torch.empty(5, device='meta')[:, None]),)
 
 
+CALLBACKS = {'number': lambda: LabelSmoothing(.1), 'schedule': lambda: LabelSmoothing(lambda share: torch.full((K,), .1*share, device='meta')),
+             'online': lambda: LabelSmoothing(.1, dist=Online(K)), 'zipf': lambda: LabelSmoothing(.1, dist=Zipf())}
+TRAININGS = [(nn.BCEWithLogitsLoss, 'number'), (nn.BCEWithLogitsLoss, 'schedule'), *((CrossEntropyLossFlat, name) for name in CALLBACKS)]
+
+
 @pytest.mark.parametrize('mixers', [[], [Mix]], ids=['none', 'mixed'])
-@pytest.mark.parametrize('cb', [lambda: LabelSmoothing(.1), lambda: LabelSmoothing(lambda share: torch.full((K,), .1*share, device='meta')),
-                                lambda: LabelSmoothing(.1, dist=Online(K)), lambda: LabelSmoothing(.1, dist=Zipf())],
-                         ids=['number', 'schedule', 'online', 'zipf'])
-@pytest.mark.parametrize('loss', [CrossEntropyLossFlat, nn.BCEWithLogitsLoss], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize('loss, cb', TRAININGS, ids=lambda v: v if isinstance(v, str) else v.__name__)
 def test_the_callback_waits_for_nothing(loss, cb, mixers, monkeypatch):
+    "A distribution is for exclusive classes, not for the binary loss"
     x, y = torch.empty(5, 1, 4, 4, device='meta'), torch.empty(5, dtype=torch.long, device='meta')
     dls = DataLoaders(Batches([(x, y)]*2), Batches([(x, y)]))
     dls.c = K
-    cb, watched = cb(), Watched()
-    if cb.dist is not None and loss is nn.BCEWithLogitsLoss: return # a distribution is for exclusive classes
+    cb, watched = CALLBACKS[cb](), Watched()
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(16, K)).to('meta'), loss(), cbs=[cb, watched, *mixers], opt_func=SGD)
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, (Recorder, ProgressCallback))]) # they wait for the loss, as they should
     learn._do_epoch_validate = lambda *args: None
