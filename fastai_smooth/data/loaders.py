@@ -90,8 +90,8 @@ def seeded(
 
 # %% ../../nbs/50a_data.loaders.ipynb #4aab4b15
 def are_shares(labels):
-    "Whether labels are distributions over the classes (N, K); several labels per example are true or false"
-    return labels.ndim == 2 and labels.dtype.kind == 'f'
+    "Whether labels are distributions over the classes (N, K): floating, and each row sums to 1. Other rows are several labels per example"
+    return labels.ndim == 2 and labels.dtype.kind == 'f' and np.allclose(labels.sum(1), 1)
 
 class ItemImage:
     "Item number to image"
@@ -126,7 +126,7 @@ def numbers_of(splits): return [[int(i) for i in s] for s in splits]
 # %% ../../nbs/50a_data.loaders.ipynb #e4334954
 def array_dls(
     images, # Greyscale images (N, H, W) or images (N, C, H, W), uint8
-    labels, # Class indices (N,), multi-hot labels (N, K), bool, distributions (N, K), float, or masks (N, H, W), -100 where a pixel is ignored
+    labels, # Class indices (N,), multi-hot labels (N, K), distributions (N, K), floating with a sum of 1, or masks (N, H, W), -100 where a pixel is ignored
     vocab, # Class names, in the order of the indices
     splits, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size
@@ -183,7 +183,7 @@ class TextOf:
 # %% ../../nbs/50a_data.loaders.ipynb #db35cd70
 def text_dls(
     texts:list, # Strings
-    labels, # Class indices (N,), multi-hot labels (N, K), bool, or distributions (N, K), float
+    labels, # Class indices (N,), multi-hot labels (N, K), or distributions (N, K), floating with a sum of 1
     vocab, # Class names
     splits, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size

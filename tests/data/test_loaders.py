@@ -71,6 +71,18 @@ def test_images_stay_with_their_targets():
 TEXTS = ['the cat sat', 'a Dog ran', 'the dog and the cat', 'a bus', 'the train and the bus', 'late train', 'the bus was late', 'a zebra']
 
 
+@pytest.mark.parametrize('dtype', [bool, np.int64, np.float32])
+def test_several_labels_of_any_dtype_are_no_distribution(dtype):
+    "Rows that sum to 1 are one; of the others each label stays whole, in images and in texts"
+    y = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]]).astype(dtype)
+    splits, shares = ([0, 1], [2, 3]), np.full((4, 3), 1/3)
+    images, texts = np.zeros((4, 8, 8), np.uint8), ['a b', 'b c', 'c', 'a']
+    for make in (lambda q: array_dls(images, q, list('abc'), splits, 2), lambda q: text_dls(texts, q, list('abc'), splits, 2)):
+        for got, q in ((make(y).valid, y), (make(shares).valid, shares)):
+            rows = sorted(got.one_batch()[1].tolist())
+            np.testing.assert_allclose(rows, sorted(q[2:].astype(float).tolist()), rtol=1e-6)
+
+
 def test_texts_are_read_as_fastai_reads_them():
     hot = np.array([[1, 0], [1, 0], [1, 1], [0, 1], [0, 0], [0, 1], [0, 1], [1, 0]], bool)
     for labels in (np.array([0, 0, 0, 1, 1, 1, 1, 0]), hot):
