@@ -9,6 +9,7 @@ __all__ = ['random_state', 'set_random_state']
 
 # %% ../nbs/59_random_state.ipynb #f7420415
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def _get(generator): return generator.getstate() if isinstance(generator, random
 def _as_tuples(v): return tuple(map(_as_tuples, v)) if isinstance(v, (list, tuple)) else v
 
 def random_state(
-    loaders=(), # Data loaders whose own generators belong to it
+    loaders:Iterable=(), # Data loaders whose own generators belong to it
 )->dict: # For `set_random_state`; `torch.load(weights_only=True)` can read it
     "The states of the generators of torch, its GPUs, NumPy, Python and the data loaders"
     name,keys,*rest = np.random.get_state() # noqa: NPY002  (users' augmentations draw from it)
@@ -34,8 +35,8 @@ def random_state(
 
 def set_random_state(
     state:dict, # From `random_state`
-    loaders=(), # The data loaders, in the same order
-):
+    loaders:Iterable=(), # The data loaders, in the same order
+)->None:
     "Put all generators back"
     torch.set_rng_state(state['torch'])
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])

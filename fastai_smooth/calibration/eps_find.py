@@ -13,6 +13,7 @@ import random
 import warnings
 from collections import namedtuple
 from numbers import Integral, Real
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -305,8 +306,8 @@ class SuggestedEps(namedtuple('SuggestedEps', 'best table')):
     "What `Learner.eps_find` returns: the best strength, and a row of figures for each. `recommended` is the strength to use, which may be 0"
     recommended = None
     def plot(self,
-        axs=None # Three axes to draw in
-    ): # The axes
+        axs:Any=None # Three axes to draw in
+    )->np.ndarray: # The axes
         "Accuracy, and NLL and ECE after temperature, against the strength, with 95% intervals; the recommended strength is filled"
         if axs is None: axs = plt.subplots(1, 3, figsize=(10, 2.8), layout='constrained')[1]
         for ax, name in zip(axs, ('accuracy', 'nll_ts', 'ece_ts')):

@@ -9,9 +9,11 @@ __all__ = ['Predictions', 'rescale', 'gather']
 
 # %% ../../nbs/60_calibration.predictions.ipynb #b44e6ba2
 import copy
+from collections.abc import Callable
 from functools import partial
 from numbers import Integral
 from operator import length_hint
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -213,13 +215,13 @@ class Predictions(Rows):
         z:Tensor, # Predictions (M, K)
         q:Tensor, # Targets (M, K) in float64 that sum to 1; for several labels 0 and 1, nan where unknown
         example:Tensor, # Number of the example in the data set, (M,)
-        act, # From rows of predictions in float64 to probabilities
+        act:Callable, # From rows of predictions in float64 to probabilities
         form:str, # What the predictions are, see `form_of`; 'shares' are probabilities of exclusive classes
         binary:bool=False, # Whether each class is a question of its own
         axis:int=-1, # Class dimension of the model's predictions
         mass:Tensor|None=None, # Of the targets, (M,). None: 1 each
         ndim:int=2, # Of the model's predictions
-    ):
+    )->None:
         super().__init__(z, q, torch.ones(len(z), dtype=torch.float64) if mass is None else mass, example, act, form, binary, axis, ndim)
         if not len(z) or q.isnan().all(): raise ValueError("There is nothing to score: no example, or every label is ignored.")
         if (broken := self.broken()).any():
@@ -230,8 +232,8 @@ class Predictions(Rows):
     def of(cls,
         pred:Tensor, # Predictions (N, K, *)
         target:Tensor, # Targets
-        loss, # Says what the predictions are
-        act=None, # Activation, if the loss does not say it
+        loss:Callable, # Says what the predictions are
+        act:Callable|None=None, # Activation, if the loss does not say it
     )->'Predictions':
         "Of one batch"
         return cls.of_rows(as_rows(pred, target, loss, act))
@@ -247,7 +249,7 @@ class Predictions(Rows):
     def __repr__(self): return f"Predictions({len(self)} rows, {self.z.shape[1]} {'labels' if self.binary else 'classes'})"
 
     def scaled(self,
-        temperature, # A number, one per label (K,), or one per row (M, 1)
+        temperature:float|Tensor, # A number, one per label (K,), or one per row (M, 1)
     )->'Predictions':
         "With probabilities after a temperature"
         new = copy.copy(self)
@@ -349,10 +351,10 @@ class Collect(Callback):
 
 # %% ../../nbs/60_calibration.predictions.ipynb #f2067ea2
 def gather(
-    learn, # The `Learner`
-    dl=None, # Data loader with labels. None: the one of `ds_idx`
+    learn:Learner, # The `Learner`
+    dl:Any=None, # Data loader with labels. None: the one of `ds_idx`
     ds_idx:int=1, # 0: training set, 1: validation set
-    act=None, # Activation of the predictions, if the loss does not say it
+    act:Callable|None=None, # Activation of the predictions, if the loss does not say it
     max_elements:int=2**27, # Rows times classes to keep; of more, such as those of many masks, a random sample is kept
 )->Predictions:
     "What a learner says about a data set. The learner stays as it is; nan predictions or nothing to score: ValueError"

@@ -8,11 +8,14 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.mixers.html.md"""
 __all__ = ['OneOf', 'CutMixMask', 'TimmMix']
 
 # %% ../../nbs/45_callback.mixers.ipynb #f8cedb05
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixHandler
+from fastai.learner import Learner
 from torch import Tensor
 
 from .training_pass import StandIn, TrainingPassCallback, put_back_loss
@@ -43,9 +46,9 @@ class OneOf(TrainingPassCallback):
     _stateattrs = ('_drawn', 'in_pass')
 
     def __init__(self,
-        *cbs, # Mixers, such as fastai's `MixUp()` and `CutMix()`
-        p=None, # Probability of each, at least 0, together at most 1; the rest of the batches is left alone. None: all alike
-    ):
+        *cbs:Callback, # Mixers, such as fastai's `MixUp()` and `CutMix()`
+        p:Sequence[float]|None=None, # Probability of each, at least 0, together at most 1; the rest of the batches is left alone. None: all alike
+    )->None:
         cbs = [cb() if isinstance(cb, type) else cb for cb in cbs]
         if not cbs: raise ValueError("OneOf needs at least one mixer, for example OneOf(MixUp(), CutMix()).")
         for cb in cbs:
@@ -56,28 +59,28 @@ class OneOf(TrainingPassCallback):
         self.mixers,self.p,self.order = cbs,p,min(cb.order for cb in cbs)
 
     @property
-    def learn(self): return self.__dict__.get('_learn')
+    def learn(self)->Any: return self.__dict__.get('_learn')
     @learn.setter
-    def learn(self, value):
+    def learn(self, value)->None:
         self.__dict__['_learn'] = value
         for cb in self.__dict__.get('mixers', ()): cb.learn = value
 
     @property
-    def chosen(self): # A mixer, or None
+    def chosen(self)->Callback|None: # A mixer, or None
         "The mixer of the current batch"
         return None if self._drawn is None else self.mixers[self._drawn]
 
     def __repr__(self): return f"OneOf({', '.join(map(repr, self.mixers))}, p={self.p})"
 
     @contextmanager
-    def around_train(self, learn):
+    def around_train(self, learn:Learner)->Iterator[None]:
         before = learn.loss_func
         try: yield
         finally:
             put_back_loss(learn, before)
             self._drawn = None
 
-    def before_train(self):
+    def before_train(self)->None:
         "Let each mixer prepare itself as if it were alone"
         user,losses = self.learn.loss_func,[]
         for cb in self.mixers:
@@ -86,12 +89,12 @@ class OneOf(TrainingPassCallback):
             self.learn.loss_func = user
         self.learn.loss_func = OneOfLoss(user, self, losses)
 
-    def before_batch(self):
+    def before_batch(self)->None:
         i = torch.multinomial(torch.tensor([*self.p, max(1-sum(self.p), 0.)]), 1).item()
         self._drawn = i if i < len(self.mixers) else None
         if self.chosen is not None: self.chosen('before_batch')
 
-    def __call__(self, event_name):
+    def __call__(self, event_name:str)->None:
         super().__call__(event_name)
         if not self.run or event_name in ('before_train', 'before_batch'): return
         if event_name not in self._batch_events:
@@ -129,13 +132,13 @@ class CutMixMask(CutMix):
     "CutMix for segmentation: the same box of another example is pasted into image and mask. Yun et al. 2019, https://arxiv.org/abs/1905.04899"
     def __init__(self,
         alpha:float=1. # Of the Beta distribution that the share of the image outside the box is drawn from
-    ):
+    )->None:
         super().__init__(alpha)
 
     stack_y = False # nothing is blended, so the loss is the loss
-    def before_train(self): "The loss stays in place"
+    def before_train(self)->None: "The loss stays in place"
 
-    def before_batch(self):
+    def before_batch(self)->None:
         "Paste the box. A target without the spatial size of the images: ValueError"
         image = self.learn.xb[0]
         n,(h,w),device = len(image),image.shape[-2:],image.device
@@ -213,12 +216,12 @@ class TimmMix(TimmDraws, TrainingPassCallback):
     stack_y = False # also where a fit ends before its first pass
 
     @contextmanager
-    def around_train(self, learn):
+    def around_train(self, learn:Learner)->Iterator[None]:
         before = learn.loss_func # a `MixHandler` leaves its own behind after an error
         try: yield
         finally: put_back_loss(learn, before)
 
-    def before_batch(self):
+    def before_batch(self)->None:
         "Mix each example with its mirror image. Images without height and width under CutMix: ValueError"
         x = self.learn.xb[0]
         n = len(x)

@@ -8,8 +8,10 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.smoothing.html.md""
 __all__ = ['LabelSmoothing']
 
 # %% ../../nbs/44_callback.smoothing.ipynb #8f9b41b4
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback
@@ -17,6 +19,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
+from fastai.learner import Learner
 from torch import Tensor, nn
 
 from .batch_target import BatchTarget
@@ -26,21 +29,21 @@ from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_l
 from ..distributions import Distribution, check_distribution
 from ..kernels import check_reported_labels
 from ..losses import MultiTargetLoss, SmoothingLoss, loss_settings
-from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_eps, is_mixed, read_eps
+from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, Eps, check_choice, check_eps, is_mixed, read_eps
 
 # %% ../../nbs/44_callback.smoothing.ipynb #d2e85d7b
 class SmoothingSettings(TrainingPassCallback):
     "What `LabelSmoothing` was told, for each target"
     def __init__(self,
-        eps:float=0.1, # Smoothing strength in [0, 1]: a number, one per class, or a schedule called with `pct_train`
-        dist:nn.Module|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+        eps:Eps|Callable[[float],Any]|dict=0.1, # Smoothing strength in [0, 1]: a number, one per class, or a schedule called with `pct_train`
+        dist:Distribution|dict|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
         *,
-        n_classes:int|None=None, # Number of classes. None: from the weight of the loss or the `DataLoaders`
-        axis:int|None=None, # Class dimension of predictions. None: that of the loss
-        convention:str|None=None, # What eps means. None: 'uniform', and for binary losses 'half' (multi-hot) or 'uniform' (indices)
-        target:int=0, # Which of several targets to smooth: a position or a tuple of them. Each setting may then be a dict by position
+        n_classes:int|dict|None=None, # Number of classes. None: from the weight of the loss or the `DataLoaders`
+        axis:int|dict|None=None, # Class dimension of predictions. None: that of the loss
+        convention:str|dict|None=None, # What eps means. None: 'uniform', and for binary losses 'half' (multi-hot) or 'uniform' (indices)
+        target:int|Sequence[int]=0, # Which of several targets to smooth: a position or a tuple of them. Each setting may then be a dict by position
         negative:bool=False, # Allow eps below 0
-    ):
+    )->None:
         self.eps,self.dist,self.n_classes,self.axis = eps,dist,n_classes,axis
         self.convention,self.target,self.negative = convention,target,negative
         self.targets = (int(target),) if isinstance(target, Integral) else tuple(target)
@@ -62,7 +65,7 @@ class SmoothingSettings(TrainingPassCallback):
     def setting(self,
         name:str, # Of an argument
         target:int, # Which target
-    ): # Its value
+    )->Any: # Its value
         "A setting for one of the targets"
         value = getattr(self, name)
         return value.get(target) if isinstance(value, dict) else value
@@ -314,7 +317,7 @@ class LabelSmoothing(SmoothingPass):
     log = () # the strength (its mean over the classes) of each batch of the last fit, where a schedule says it
 
     @contextmanager
-    def around_train(self, learn):
+    def around_train(self, learn:Learner)->Iterator[None]:
         self._before = learn.loss_func # until somebody gives the learner another one
         self._pass = learn.loss_func = self.training_loss(learn)
         if learn.train_iter == 0: self.log = [] # a new fit
@@ -348,17 +351,17 @@ class LabelSmoothing(SmoothingPass):
         self._pass = self.learn.loss_func = self.training_loss(self.learn)
         self._pass.given = given
 
-    def before_batch(self):
+    def before_batch(self)->None:
         if self._pass is None or not self.learn.yb: return
         self._adopt()
         if self._pass.fresh: self.read(self._pass) # as it is after everybody's `before_train`
         self._pass.fresh = False
         self._pass.wrap()
 
-    def after_pred(self):
+    def after_pred(self)->None:
         if self._pass is not None and self.learn.training and self.learn.yb: self._adopt()
 
-    def after_loss(self):
+    def after_loss(self)->None:
         loss = self._pass
         if loss is not None and loss.given is not None:
             scheduled = next((t for t in self.targets if callable(self.setting('eps', t))), None)
@@ -368,10 +371,10 @@ class LabelSmoothing(SmoothingPass):
             loss.teach(self.learn.pred)
         self.put_back()
 
-    def put_back(self):
+    def put_back(self)->None:
         "Make the targets of the batch hard again"
         if self._pass is not None: self._pass.restore()
 
-    def after_cancel_batch(self): self.put_back()
-    def after_batch(self): self.put_back()
-    def after_cancel_train(self): self.put_back()
+    def after_cancel_batch(self)->None: self.put_back()
+    def after_batch(self)->None: self.put_back()
+    def after_cancel_train(self)->None: self.put_back()

@@ -30,7 +30,9 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastprogress import progress_bar
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from ..calibration import Predictions
 from .methods import parse_method
 from .page import write_report
 from .pictures import plot_reliability, png_of
@@ -148,7 +150,7 @@ def _train_here(comparison, method, seed, watching):
 @dataclass
 class Comparison(Trainings):
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"
-    def make_folder(self):
+    def make_folder(self)->None:
         "Make the folder of the results, if there is to be one"
         if self.out is not None: (self.out/'predictions').mkdir(parents=True, exist_ok=True)
 
@@ -234,9 +236,9 @@ class Comparison(Trainings):
         write_text(self.out/'report.html', write_report(self, summary, 'fastai-smooth compare ' + shlex.join(self.arguments()), png))
 
     def as_predictions(self,
-        logits, # (N, K)
-        labels, # (N,), or multi-hot (N, K)
-    ): # `Predictions`
+        logits:Tensor, # (N, K)
+        labels:Tensor, # (N,), or multi-hot (N, K)
+    )->Predictions: # `Predictions`
         "Logits and labels as something to score"
         return predictions_of(logits, labels, self.voted)
 

@@ -8,10 +8,12 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.methods.html.md"""
 __all__ = ['Method', 'parse_method', 'read_method', 'method_callbacks', 'each_method']
 
 # %% ../../nbs/71_compare.methods.ipynb #49eaff85
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.data.core import DataLoaders
 
 from ..callback import CutMixMask, LabelSmoothing, OneOf
 from ..distributions import ClassPrior, Online, Similarity, Spatial, Taxonomy, Zipf
@@ -107,7 +109,7 @@ class Method:
         kind:str, # One of `KINDS`
         several:bool=False, # Whether an example has several labels
         voted:bool=False, # Whether an example has votes
-    ):
+    )->None:
         "Refuse a part that the data do not allow: ValueError"
         if not voted and {*VOTES} & {*self.parts}:
             raise ValueError(f"The method {self.name!r} needs votes: name a CSV, and with --votes what stands between them, or with --labels their columns.")
@@ -124,9 +126,9 @@ class Method:
                              "leave it out.")
 
     def callbacks(self,
-        dls=None, # fastai `DataLoaders`, for the distributions that are made from the training set
+        dls:DataLoaders|None=None, # fastai `DataLoaders`, for the distributions that are made from the training set
         kind:str='images', # One of `KINDS`
-        vocab=None, # Class names. None: those of `dls`
+        vocab:Iterable|None=None, # Class names. None: those of `dls`
     )->list: # Callbacks of the `Learner`
         "The callbacks that make up the method"
         mixers = [CutMixMask() if kind == 'masks' and name == 'cutmix' else MIXERS[name]() for name in self.mixers]
@@ -177,18 +179,18 @@ def read_method(
 def method_callbacks(
     method:str, # See `parse_method`
     eps:float=.1, # Smoothing strength of a method that does not name its own after @
-    dls=None, # fastai `DataLoaders`, for the distributions that are made from the training set
+    dls:DataLoaders|None=None, # fastai `DataLoaders`, for the distributions that are made from the training set
     kind:str='images', # One of `KINDS`
-    vocab=None, # Class names. None: those of `dls`
+    vocab:Iterable|None=None, # Class names. None: those of `dls`
 )->list: # Callbacks of the `Learner`
     "The callbacks that make up a method. Errors as in `read_method`"
     return read_method(method, eps, kind=kind).callbacks(dls, kind, vocab)
 
 # %% ../../nbs/71_compare.methods.ipynb #34f67854
 def each_method(
-    names, # Names of methods
-    eps, # Strengths: every method that smooths and has none of its own takes each
-    noise, # Noise rates: every method that has none of its own takes each
+    names:Iterable[str], # Names of methods
+    eps:Sequence[float], # Strengths: every method that smooths and has none of its own takes each
+    noise:Sequence[float], # Noise rates: every method that has none of its own takes each
 )->tuple: # Of `Method`s
     "The methods with each strength and each noise rate, if there are several"
     methods = [parse_method(name, eps[0], noise[0]) for name in names]

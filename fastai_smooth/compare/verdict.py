@@ -9,8 +9,10 @@ __all__ = ['HEADS', 'mean_ci', 'baselines', 'figures_of', 'differences', 'Differ
 
 # %% ../../nbs/73_compare.verdict.ipynb #c0a94bbf
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from .methods import parse_method
@@ -18,7 +20,7 @@ from .scores import METRICS
 
 # %% ../../nbs/73_compare.verdict.ipynb #4366902b
 def mean_ci(
-    values # One number per seed
+    values:ArrayLike # One number per seed
 )->dict: # 'mean' and 'ci95'
     "Mean and half-width of the 95% interval of Student's t; no interval for a single value"
     values = np.asarray(values, np.float64)
@@ -87,8 +89,8 @@ class Difference:
     level:float=.05 # Error rate of the interval
 
     def half(self,
-        seeds=None, # As if there were so many: a number or an array. None: as many as there are
-    ):
+        seeds:ArrayLike|None=None, # As if there were so many: a number or an array. None: as many as there are
+    )->Any:
         "Half of the width of the interval for new data"
         k = np.asarray(self.seeds if seeds is None else seeds, np.float64)
         p = 1-self.level/2
@@ -166,7 +168,7 @@ class Evidence:
 
     def __repr__(self): return f'Evidence({count(len(self.methods), "method")}, {count(len(self.seeds), "seed")})'
 
-    def difference(self, method, metric, level)->Difference:
+    def difference(self, method:str, metric:str, level:float)->Difference:
         "A method and what it is compared with"
         base,k = self.bases[method],len(self.seeds)
         group = [m for m, b in self.bases.items() if base in (b, m) and m not in self.failed]

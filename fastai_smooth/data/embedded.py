@@ -155,7 +155,7 @@ def embedded_table(
     bs:int=64, # Batch size
     valid_pct:float=.2, # Share of the validation set, in (0, 1)
     seed:int=42, # Seed of the split and of the shuffling
-): # fastai `TabularDataLoaders`
+)->DataLoaders: # fastai `TabularDataLoaders`
     "A table that scikit-learn carries, normalised, with its classes by name. An unknown one: ValueError"
     table,labels,vocab = table_arrays(name)
     with seeded(seed): return table_dls(table, labels, vocab, stratified_split(labels, valid_pct, seed), bs)

@@ -10,6 +10,7 @@ __all__ = ['SOURCES', 'SIDE', 'LabelledData', 'ImageData', 'image_data', 'MaskDa
 
 # %% ../../nbs/55_data.files.ipynb #39c07cd6
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.tabular.model import emb_sz_rule
 from PIL import Image
+from numpy.typing import ArrayLike
 
 from .embedded import EMBEDDED, TABLES, digit_masks_arrays, docstrings_arrays, multi_digits_arrays, table_arrays
 from .images import check_trained, each_file, folder_files, pets_files, read_images, read_small, size_of, upright
@@ -69,7 +71,7 @@ class LabelledData(ABC):
 
     @abstractmethod
     def dls(self,
-        labels, # As `labels`, perhaps with noise
+        labels:np.ndarray, # As `labels`, perhaps with noise
         splits:tuple, # Item numbers of the training and of the validation set
         bs:int=64, # Batch size
         size:int|None=None, # Resize images to `size` by `size` pixels. None: as they are
@@ -145,26 +147,26 @@ class ImageData(LabelledData):
         "The images, or the names and lengths of their files"
         return (self.images,) if self.images is not None else tuple((f.name, f.stat().st_size) for f in self.files)
 
-    def dls(self, labels, splits, bs=64, size=None):
+    def dls(self, labels:np.ndarray, splits:tuple, bs:int=64, size:int|None=None)->DataLoaders:
         "Batches of images in [0, 1] and targets"
         return array_dls(self.images, labels, self.vocab, splits, bs, None if self.images.shape[-2:] == (size, size) else size)
 
-    def sample(self, size=None):
+    def sample(self, size:int|None=None)->tuple:
         "Two black images"
         return (torch.zeros(2, self.n_channels, *((size, size) if size else self.images.shape[-2:])),)
 
-    def checked(self, progress=True, skip_broken=False):
+    def checked(self, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Try every file before anything is trained"
         return self.without(each_file(self.files, upright, 'images', progress, skip_broken)[1])
 
-    def load(self, size, progress=True, skip_broken=False):
+    def load(self, size:int, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Read all images, cut and resized to squares"
         images,broken = read_images(self.files, size, progress, skip_broken)
         return replace(self, images=images, notes=[*self.notes, f"read at {size} by {size} pixels"]).without(broken)
 
     def without(self,
         broken:list # Numbers of items
-    ):
+    )->'ImageData':
         "These data without some items. No class may be lost"
         if not len(broken): return self
         kept = np.setdiff1d(np.arange(len(self)), broken)
@@ -205,7 +207,7 @@ class MaskData(ImageData):
     def per_item(self)->tuple: return 'labels','images','files','votes','masks'
 
     def numbers(self,
-        mask, # Class numbers as they are in a file
+        mask:ArrayLike, # Class numbers as they are in a file
     )->np.ndarray: # int64, -100 where a pixel is ignored
         "Class numbers of a mask"
         mask = np.asarray(mask).astype(np.int64)
@@ -213,13 +215,13 @@ class MaskData(ImageData):
         if self.ignore is not None: mask[mask == self.ignore] = -100
         return mask
 
-    def load(self, size, progress=True, skip_broken=False):
+    def load(self, size:int, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Read all images and masks, masks by the nearest pixel"
         data = self.checked(progress, skip_broken)
         labels = [data.numbers(read_small(f, size, class_numbers, Image.Resampling.NEAREST)) for f in data.masks]
         return ImageData.load(replace(data, labels=np.stack(labels)), size, progress, skip_broken)
 
-    def checked(self, progress=True, skip_broken=False):
+    def checked(self, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Look at every mask before anything is trained"
         broken,as_one = check_masks(self.files, self.masks, self.vocab, self.ignore, self.where, progress, skip_broken)
         notes = [] if as_one is None else [f"masks: {as_one} is read as class 1, {self.vocab[1]!r}"]
@@ -247,11 +249,11 @@ class TextData(LabelledData):
         "The texts"
         return tuple(self.texts)
 
-    def dls(self, labels, splits, bs=64, size=None):
+    def dls(self, labels:np.ndarray, splits:tuple, bs:int=64, size:int|None=None)->DataLoaders:
         "Batches of token numbers and targets"
         return text_dls(self.texts, labels, self.vocab, splits, bs, tokenizer=self.tokenizer)
 
-    def sample(self, size=None):
+    def sample(self, size:int|None=None)->tuple:
         "Two texts of unknown words"
         return (torch.zeros(2, 8, dtype=torch.long),)
 
@@ -277,11 +279,11 @@ class TableData(LabelledData):
         "Names and values"
         return list(self.table),pd.util.hash_pandas_object(self.table, index=False).to_numpy()
 
-    def dls(self, labels, splits, bs=64, size=None):
+    def dls(self, labels:np.ndarray, splits:tuple, bs:int=64, size:int|None=None)->DataLoaders:
         "Batches of categories, normalised numbers, and targets"
         return table_dls(self.table, labels, self.vocab, splits, bs, self.target)
 
-    def sample(self, size=None):
+    def sample(self, size:int|None=None)->tuple:
         "Two rows of zeros"
         sizes,n = self.n_channels
         return torch.zeros(2, len(sizes), dtype=torch.long),torch.zeros(2, n)
@@ -370,7 +372,7 @@ def find_source(
     return res
 
 def read_source(
-    data, # One of `SOURCES`, a folder of class folders, one of images and masks with `codes.txt`, or a CSV of files, texts or rows with labels
+    data:str|Path, # One of `SOURCES`, a folder of class folders, one of images and masks with `codes.txt`, or a CSV of files, texts or rows with labels
     size:int|None=None, # Side of the square that images are cut and resized to. None: as they are, at most 128
     delimiter:str|None=None, # Between several labels in a CSV
     ignore:int|None=None, # Number in the masks of pixels to be ignored
@@ -379,7 +381,7 @@ def read_source(
     load:bool=True, # Read the images of files. False: leave them there, tried
     progress:bool=True, # Show progress bars
     votes:str|None=None, # Between votes in a cell of a CSV, such as 'cat;cat;dog'. None: they are no votes
-    labels=None, # Columns of a CSV with counts or probabilities, which are the classes
+    labels:Sequence[str]|None=None, # Columns of a CSV with counts or probabilities, which are the classes
 )->LabelledData:
     "Read data. What is unknown, missing or damaged: ValueError that names it"
     res = find_source(data, delimiter, ignore, target, skip_broken, votes, labels)

@@ -64,7 +64,7 @@ def check_trained(
 
 # %% ../../nbs/52_data.images.ipynb #c3916a93
 def folder_files(
-    path # Folder with a folder per class, perhaps nested, perhaps below `train` and `valid`
+    path:str|Path # Folder with a folder per class, perhaps nested, perhaps below `train` and `valid`
 )->tuple: # Files, labels (N,), class names, which are paths such as 'animal/cat', split or None
     "Find images and their classes. No images, one class, an image in no class: ValueError that names the folder or the file"
     path = Path(path)

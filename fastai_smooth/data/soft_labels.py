@@ -9,8 +9,9 @@ __all__ = ['vote_names', 'shares_of', 'TensorSoftCategory', 'SoftCategory', 'Sof
            'top_accuracy', 'DawidSkene']
 
 # %% ../../nbs/50_data.soft_labels.ipynb #446afe6a
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Number
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ from scipy import sparse
 from torch import Tensor
 
 from ..losses import LabelSmoothingCrossEntropy
+
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../../nbs/50_data.soft_labels.ipynb #511f9085
 def vote_names(
@@ -90,7 +93,7 @@ class SoftCategorize(DisplayedTransform):
         return SoftCategory(self.vocab[top], float(o[top]))
 
 def SoftCategoryBlock(
-    vocab=None, # Class names. None: all that occur, in order
+    vocab:Iterable|None=None, # Class names. None: all that occur, in order
     sep:str=';', # Between votes in a string
 )->TransformBlock:
     "A `TransformBlock` of votes, counts or probabilities as labels"
@@ -98,15 +101,15 @@ def SoftCategoryBlock(
 
 # %% ../../nbs/50_data.soft_labels.ipynb #2c45dd58
 def top_class(
-    labels # Class indices (N,), or soft labels (N, K)
-): # Class indices (N,): what class weights and stratified splits look at
+    labels:Tensor # Class indices (N,), or soft labels (N, K)
+)->Tensor: # Class indices (N,): what class weights and stratified splits look at
     "The class with the largest share"
     return labels.argmax(-1) if labels.ndim == 2 else labels
 
 def top_accuracy(
-    pred, # Logits or probabilities (N, K)
-    target, # Class indices (N,), or soft labels (N, K)
-): # In [0, 1]
+    pred:Tensor, # Logits or probabilities (N, K)
+    target:Tensor, # Class indices (N,), or soft labels (N, K)
+)->Tensor: # In [0, 1]
     "Accuracy against the top class, as a metric of a `Learner`"
     return (pred.argmax(-1) == top_class(target)).float().mean()
 
@@ -114,10 +117,10 @@ def top_accuracy(
 class DawidSkene:
     "True classes and confusions of annotators from votes: `fit` makes `probabilities`, `prior` and `confusion`"
     def __init__(self,
-        votes, # Class numbers (N, A) of items and annotators, below 0 or nan where nobody was asked; or a DataFrame of class names
+        votes:np.ndarray|pd.DataFrame|Tensor|Sequence, # Class numbers (N, A) of items and annotators, below 0 or nan: not asked; or a DataFrame of class names
         n_classes:int|None=None, # Number of classes of class numbers. None: one more than the largest
         alpha:float=1., # Votes that each row of a confusion gets in advance
-    ):
+    )->None:
         self.alpha,names = alpha,isinstance(votes, pd.DataFrame)
         self.annotators = [str(c) for c in votes.columns] if names else None
         if names and not all(pd.api.types.is_numeric_dtype(t) for t in votes.dtypes):
@@ -169,7 +172,7 @@ class DawidSkene:
         "The most probable class of each item"
         return self.probabilities.argmax(1)
 
-    def plot(self):
+    def plot(self)->'Axes':
         "How each annotator confuses the classes; the title says how often he or she is right"
         import matplotlib.pyplot as plt
         fig,axs = plt.subplots(1, len(self.annotators), figsize=(2.6*len(self.annotators), 2.9), layout='constrained', squeeze=False)

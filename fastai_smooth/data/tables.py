@@ -10,6 +10,7 @@ __all__ = ['COLUMNS', 'read_frame', 'cell_votes', 'column_votes', 'check_delimit
 # %% ../../nbs/54_data.tables.ipynb #05fb5a5c
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -219,12 +220,12 @@ def useful_columns(
 
 # %% ../../nbs/54_data.tables.ipynb #3b756efb
 def read_table(
-    path, # CSV file
+    path:str|Path, # CSV file
     delimiter:str|None=None, # Between several labels in a cell. None: one label each, unless they look like several; empty: one label each
     target:str|None=None, # Column of the labels. None: the one that is called `label` (or `class`, `tags`)
     skip_broken:bool=False, # Leave out rows without an item or a label, and missing files
     votes:str|None=None, # Between votes in a cell, such as 'cat;cat;dog'. None: they are no votes
-    labels=None, # Columns of counts or probabilities, which are the classes
+    labels:Sequence[str]|None=None, # Columns of counts or probabilities, which are the classes
 )->Table:
     "Read a table. A missing column, value, label or file, or one class: ValueError that names it"
     path = Path(path)

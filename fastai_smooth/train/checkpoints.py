@@ -28,16 +28,16 @@ from ..run_folder import atomic
 
 # %% ../../nbs/83_train.checkpoints.ipynb #48b5a989
 def write_checkpoint(
-    path, # File
+    path:str|Path, # File
     state:dict, # Of tensors, numbers, texts, lists and dicts
-):
+)->None:
     "Write a state with its digest in front, whole or not at all"
     data = io.BytesIO()
     torch.save(state, data)
     with atomic(path) as part: part.write_bytes(hashlib.sha256(data.getbuffer()).digest() + data.getbuffer())
 
 def read_checkpoint(
-    path # File
+    path:str|Path # File
 )->dict|None: # The state, None if there is none
     "Read a state. One that is damaged counts as none, with a warning"
     try: data = Path(path).read_bytes()
@@ -84,8 +84,8 @@ class _State(Callback):
 class Checkpoints(_State):
     "Writes a checkpoint after each epoch of all fits in turn, and goes on from one that is there"
     def __init__(self,
-        file # Of the checkpoint
-    ):
+        file:str|Path # Of the checkpoint
+    )->None:
         self.file,self.fits,self.rows,self.names,self.found,self.waiting = Path(file),-1,[],[],None,False
 
     def read(self)->dict|None:
@@ -94,11 +94,11 @@ class Checkpoints(_State):
 
     def write(self,
         state:dict # Of tensors, numbers, texts, lists and dicts
-    ):
+    )->None:
         "Write a state to the file"
         write_checkpoint(self.file, state)
 
-    def before_fit(self):
+    def before_fit(self)->None:
         "Look for a checkpoint in the first fit; is this fit, or a part of it, already done?"
         # fastai's validate goes by here, too; only there nobody makes bars
         self.run = getattr(self.learn, 'create_mbar', True) and not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
@@ -111,18 +111,18 @@ class Checkpoints(_State):
             raise ValueError(f"A training with {stateful.name} cannot be resumed, because checkpoints do not hold its state: start it again in another folder.")
         if self.waiting: self.shown,self.learn.logger = self.learn.logger,noop # nothing to say of epochs that are skipped
 
-    def before_epoch(self):
+    def before_epoch(self)->None:
         "Skip what is done"
         if self.waiting: raise CancelEpochException
 
-    def after_epoch(self):
+    def after_epoch(self)->None:
         "Keep this epoch, or put back what the last one left"
         if not self.waiting: return self.write(self.state())
         if (self.fits, self.epoch) == (self.found['fit'], self.found['epoch']): self.put_back(self.found)
         elif self.epoch+1 < self.n_epoch: return
         self.waiting,self.learn.logger = False,self.shown
 
-    def after_fit(self):
+    def after_fit(self)->None:
         "A fit without epochs has nothing to skip; one that is shorter than what was found is another one"
         if not self.waiting: return
         self.waiting,self.learn.logger = False,self.shown
