@@ -10,6 +10,7 @@ __all__ = ['random_state', 'set_random_state']
 # %% ../nbs/59_random_state.ipynb #f7420415
 import random
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ def random_state(
     loaders:Iterable=(), # Data loaders whose own generators belong to it
 )->dict: # For `set_random_state`; `torch.load(weights_only=True)` can read it
     "The states of the generators of torch, its GPUs, NumPy, Python and the data loaders"
-    name,keys,*rest = np.random.get_state() # noqa: NPY002  (users' augmentations draw from it)
+    legacy:Any = np.random.get_state() # noqa: NPY002  (users' augmentations draw from it)
+    name,keys,*rest = legacy
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], python=random.getstate(),
                 numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest], loaders=[_get(g) for g in _generators(loaders)])
 

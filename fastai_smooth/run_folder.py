@@ -44,7 +44,7 @@ RUNS = 'fastai_smooth_runs' # folder of results by default, which readers of dat
 
 def check_elsewhere(
     out:str|Path, # Folder of the results
-    data:object, # Folder of the data, or what else they are called
+    data:Any, # Folder of the data, or what else they are called
 )->None:
     "Refuse results inside the data, unless below `RUNS`: ValueError"
     out,data = Path(out),Path(data)

@@ -12,6 +12,7 @@ import copy
 import random
 import warnings
 from collections import namedtuple
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -203,7 +204,8 @@ def train_each(
     n_body,reason,settings = frozen_part(learn.model),against_one_pass(learn, dist),smoothing_settings(learn, dist)
     if n_body and reason: print(f"{reason}, so every strength is trained on its own rather than all in one pass.")
     runs = [strengths] if n_body and not reason else [[e] for e in strengths]
-    randomness,bar,done,collected = _Randomness(learn.dls),None,[0],[]
+    randomness,bar,done = _Randomness(learn.dls),None,[0]
+    collected:list = []
     try:
         check_smoothing(learn, max(strengths), dist, settings)
         if any(isinstance(cb, ProgressCallback) for cb in learn.cbs):
@@ -339,8 +341,8 @@ def is_untrained(learn, act):
 # %% ../../nbs/65_calibration.eps_find.ipynb #cb2a28b6
 @patch
 def eps_find(self:Learner,
-    eps=(0, .02, .05, .1, .2, .3, .5), # Strengths to try, in [0, 1]
-    dist=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+    eps:Iterable[float]=(0, .02, .05, .1, .2, .3, .5), # Strengths to try, in [0, 1]
+    dist:Distribution|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
     metric:str='nll_ts', # What decides: accuracy, nll, ece, or nll_ts and ece_ts after temperature
     n_epoch:int=1, # Epochs of each training
     show_plot:bool=True, # Whether to draw the figures

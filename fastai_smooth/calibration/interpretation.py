@@ -8,7 +8,9 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/calibration.interpretation.h
 __all__ = ['CalibrationInterpretation']
 
 # %% ../../nbs/64_calibration.interpretation.ipynb #b86d7547
+from collections.abc import Callable
 from numbers import Integral
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,26 +26,28 @@ from .intervals import calibrated_error, drawn_right, intervals, wilson
 from .temperature import cross_fit, fit_temperature
 
 # %% ../../nbs/64_calibration.interpretation.ipynb #1a204139
+_F = TypeVar('_F', bound='_Figures')
+
 class _Figures:
     "What the predictions of a learner are worth, in numbers"
     def __init__(self,
         predictions:Predictions, # Of a data set
-        vocab=None, # Class names. None: numbers
+        vocab:Any=None, # Class names. None: numbers
         learn:Learner|None=None, # For `plot_penultimate`
-    ):
+    )->None:
         k = predictions.z.shape[1]
         vocab = list(vocab) if vocab is not None and not isinstance(vocab, str) and len(vocab) == k else range(k)
         self.predictions,self.vocab,self.learn = predictions,[str(v) for v in vocab],learn
 
     @classmethod
-    def from_learner(cls,
+    def from_learner(cls:type[_F],
         learn:Learner, # A trained learner; it stays as it is
         ds_idx:int=1, # 0: training set, 1: validation set
-        dl=None, # Another data loader with labels
-        act=None, # Activation of the predictions, if the loss does not say it
-    )->'CalibrationInterpretation':
+        dl:Any=None, # Another data loader with labels
+        act:Callable|None=None, # Activation of the predictions, if the loss does not say it
+    )->_F:
         "Look at the predictions of a learner. nan predictions, targets that are no labels, a loss without known activation, one class: ValueError"
-        vocab = getattr(learn.dls, 'vocab', None)
+        vocab:Any = getattr(learn.dls, 'vocab', None)
         vocab = list(vocab) if hasattr(vocab, '__iter__') else None
         if vocab and not isinstance(vocab[-1], str) and hasattr(vocab[-1], '__len__'): vocab = list(vocab[-1]) # one per part of the batch: that of the targets
         return cls(gather(learn, dl, ds_idx, act), vocab, learn)
@@ -62,9 +66,9 @@ class _Figures:
         "The temperature that fits these data best"
         return fit_temperature(self.predictions)
 
-    def calibrated(self,
+    def calibrated(self:_F,
         folds:int=5 # Each part is scored after the temperature of the others
-    )->'CalibrationInterpretation':
+    )->_F:
         "The same after temperature scaling, for figures and pictures of before and after"
         return type(self)(cross_fit(self.predictions, folds)[0], self.vocab, self.learn)
 

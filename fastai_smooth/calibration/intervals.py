@@ -133,7 +133,8 @@ def intervals(
     if len(predictions) > MOST_ROWS: predictions = predictions[torch.randperm(len(predictions), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]]
     boot = Bootstrap(predictions.example, seed)
     metrics = {name: MORE_FIGURES[name]() for name in own if name not in INTERVALS}
-    parts,drawn = {name: metric.parts(predictions) for name, metric in metrics.items()},{name: [] for name in metrics}
+    parts = {name: metric.parts(predictions) for name, metric in metrics.items()}
+    drawn:dict = {name: [] for name in metrics}
     for _ in range(n_boot if metrics and len(boot.counts) > 1 else 0):
         rows = boot.draw()
         for name, metric in metrics.items(): drawn[name].append(metric.of(*(part[rows] for part in parts[name])))
@@ -177,7 +178,7 @@ def calibration_test(
     if not ((p >= 0) & (p <= 1)).all(): raise ValueError("probs must lie in [0, 1]: pass probabilities, not logits.")
     if y.shape == p.shape: p,right = where_known(p, y.double())
     elif p.ndim == 2 and y.shape == p.shape[:1]:
-        problems = []
+        problems:list = []
         refuse_labels(y, torch.ones_like(y, dtype=torch.bool), p.shape[1], problems)
         p,guess = p.max(1)
         right = (guess == y).double()

@@ -292,7 +292,7 @@ class SmoothECE(_Kept):
             else: high = middle
         return high
 
-    def figure(self)->Tensor:
+    def figure(self)->float:
         "The mean size of the smoothed gaps"
         return self.smoothed(self.width())
 

@@ -9,11 +9,11 @@ __all__ = ['Predictions', 'rescale', 'gather']
 
 # %% ../../nbs/60_calibration.predictions.ipynb #b44e6ba2
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from numbers import Integral
 from operator import length_hint
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -194,7 +194,7 @@ def as_rows(
     binary |= form == 'sigmoid'
     if form == 'probability' and not binary: form = 'shares'
     if binary and len(shape) == 1: z = z[:,None]
-    problems = []
+    problems:list = []
     z,q,mass = (binary_rows if binary else class_rows)(z, y, axis, ignore, problems)
     example = torch.arange(len(pred), device=z.device).repeat_interleave(len(z)//max(len(pred), 1))
     rows = Rows(z, q, mass, example, on_rows, form, binary, axis, len(shape))
@@ -211,6 +211,10 @@ def in_place(rows, ndim, axis):
 # %% ../../nbs/60_calibration.predictions.ipynb #ba97d831
 class Predictions(Rows):
     "Predictions and targets of a data set, a row per example, or per pixel that is not ignored"
+    if TYPE_CHECKING: # added by `metrics`
+        def right(self)->Tensor: ...
+        def figures(self, names:Iterable[str]=...)->dict: ...
+
     def __init__(self,
         z:Tensor, # Predictions (M, K)
         q:Tensor, # Targets (M, K) in float64 that sum to 1; for several labels 0 and 1, nan where unknown

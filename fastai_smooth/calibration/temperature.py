@@ -112,7 +112,7 @@ def fit_temperature(
         if empty: warnings.warn(f"Label{numbers(empty)} has no positive or no negative in these data: its temperature is that of all labels together.")
         if untold: warnings.warn(f"The data cannot tell the temperature of label{numbers(untold)}: it comes largely from the other labels.")
         ends = [f' of label {k}' for k, t in enumerate(each) if not LOWEST*1.01 < t < HIGHEST/1.01]
-        t = torch.tensor(each, dtype=torch.float64)
+        t:Any = torch.tensor(each, dtype=torch.float64)
     else:
         t = most_probable(predictions)
         ends = [''] if not LOWEST*1.01 < t < HIGHEST/1.01 else []
@@ -242,7 +242,8 @@ class TemperatureScaling:
         learn:Learner, # A trained learner; it stays as it is
         act:Callable|None=None, # Activation of the predictions, if the loss does not say it
     )->None:
-        self.learn,self.act,self.temperature = learn,act,None
+        self.learn,self.act = learn,act
+        self.temperature:float|Tensor|None = None
 
     def __repr__(self):
         t = self.temperature

@@ -42,21 +42,21 @@ class OneOf(TrainingPassCallback):
     "Run one of several mixers on each training batch, drawn anew from torch's generator"
     _batch_events = ('after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step '
                      'after_cancel_batch after_batch').split()
-    _drawn = None # position of the mixer of the current batch
+    _drawn:int|None = None # position of the mixer of the current batch
     _stateattrs = ('_drawn', 'in_pass')
 
     def __init__(self,
         *cbs:Callback, # Mixers, such as fastai's `MixUp()` and `CutMix()`
         p:Sequence[float]|None=None, # Probability of each, at least 0, together at most 1; the rest of the batches is left alone. None: all alike
     )->None:
-        cbs = [cb() if isinstance(cb, type) else cb for cb in cbs]
-        if not cbs: raise ValueError("OneOf needs at least one mixer, for example OneOf(MixUp(), CutMix()).")
-        for cb in cbs:
+        mixers = [cb() if isinstance(cb, type) else cb for cb in cbs]
+        if not mixers: raise ValueError("OneOf needs at least one mixer, for example OneOf(MixUp(), CutMix()).")
+        for cb in mixers:
             if not isinstance(cb, Callback): raise TypeError(f"OneOf takes callbacks, but got {cb!r}.")
-        p = [1/len(cbs)]*len(cbs) if p is None else [float(v) for v in p]
-        if len(p) != len(cbs): raise ValueError(f"p has {len(p)} probabilities for {len(cbs)} mixers.")
+        p = [1/len(mixers)]*len(mixers) if p is None else [float(v) for v in p]
+        if len(p) != len(mixers): raise ValueError(f"p has {len(p)} probabilities for {len(mixers)} mixers.")
         if not all(v >= 0 for v in p) or sum(p) > 1+1e-6: raise ValueError(f"p must be at least 0 each and at most 1 together, but got {p}.")
-        self.mixers,self.p,self.order = cbs,p,min(cb.order for cb in cbs)
+        self.mixers,self.p,self.order = mixers,p,min(cb.order for cb in mixers)
 
     @property
     def learn(self)->Any: return self.__dict__.get('_learn')
@@ -90,7 +90,7 @@ class OneOf(TrainingPassCallback):
         self.learn.loss_func = OneOfLoss(user, self, losses)
 
     def before_batch(self)->None:
-        i = torch.multinomial(torch.tensor([*self.p, max(1-sum(self.p), 0.)]), 1).item()
+        i = int(torch.multinomial(torch.tensor([*self.p, max(1-sum(self.p), 0.)]), 1).item())
         self._drawn = i if i < len(self.mixers) else None
         if self.chosen is not None: self.chosen('before_batch')
 

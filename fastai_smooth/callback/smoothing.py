@@ -46,7 +46,7 @@ class SmoothingSettings(TrainingPassCallback):
     )->None:
         self.eps,self.dist,self.n_classes,self.axis = eps,dist,n_classes,axis
         self.convention,self.target,self.negative = convention,target,negative
-        self.targets = (int(target),) if isinstance(target, Integral) else tuple(target)
+        self.targets = (int(target),) if isinstance(target, (int, Integral)) else tuple(target)
         if not self.targets or len(set(self.targets)) < len(self.targets) or not all(isinstance(t, Integral) and t is not True for t in self.targets):
             raise ValueError(f"target must be a position, or several different ones, but got {target!r}.")
         for name in ('eps', 'dist', 'n_classes', 'axis', 'convention'):
@@ -204,7 +204,7 @@ def forget_targets(
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
-    _pass = None # the `SmoothedLoss` of the training pass that is running
+    _pass:Any = None # the `SmoothedLoss` of the training pass that is running
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -314,7 +314,7 @@ class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them
     _stateattrs = ('_pass', '_before', 'log', 'in_pass')
-    log = () # the strength (its mean over the classes) of each batch of the last fit, where a schedule says it
+    log:Any = () # the strength (its mean over the classes) of each batch of the last fit, where a schedule says it
 
     @contextmanager
     def around_train(self, learn:Learner)->Iterator[None]:

@@ -56,7 +56,7 @@ def soft_loss(
     return FUNCTIONS[loss_func]()
 
 # %% ../../nbs/40_callback.soft_loss.ipynb #d372f156
-COMPUTES = {} # Classes of other packages in the registry: to the method that computes the loss
+COMPUTES:dict = {} # Classes of other packages in the registry: to the method that computes the loss
 
 def register_class(
     cls:type, # A class of losses

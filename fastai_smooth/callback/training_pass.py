@@ -8,7 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.training_pass.html.
 __all__ = ['TrainingPassCallback', 'StandIn']
 
 # %% ../../nbs/41_callback.training_pass.ipynb #607a51bd
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
@@ -55,7 +55,7 @@ class TrainingPassCallback(Callback):
     "A callback whose `around_train` is a context manager around each training pass, left however the pass ends"
     run_valid = False
     in_pass = False # whether a pass is running
-    _stateattrs = ('in_pass',)
+    _stateattrs:tuple = ('in_pass',)
 
     @contextmanager
     def around_train(self,
@@ -84,7 +84,7 @@ def _as_is(x): return x
 class StandIn:
     "Stands for the user's loss while a training pass runs, and passes on to it whatever is asked or set"
     y_int = False # fastai's mixers then blend the targets and leave the loss alone
-    own = () # attributes of a subclass, which are not passed on
+    own:Collection[str] = () # attributes of a subclass, which are not passed on
     sees_through = True # whether it adds nothing to the user's loss but the mixing
     def __init__(self,
         user # The user's loss

@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import joblib
 import numpy as np
@@ -84,13 +85,13 @@ class Trainings(Question):
         "The learner of one run"
         set_seed(seed, reproducible=True)
         train,valid = self._split(seed)
-        method = self.method_of.get(method) or parse_method(method, self.eps, self.noise)
-        labels = self._shares(method, train) if self.voted else self.source.labels.copy()
+        how = self.method_of.get(method) or parse_method(method, self.eps, self.noise)
+        labels = self._shares(how, train) if self.voted else self.source.labels.copy()
         kind = 'asymmetric' if self.confused else 'symmetric'
-        if method.noise: labels[train] = corrupt_labels(labels[train], method.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
+        if how.noise: labels[train] = corrupt_labels(labels[train], how.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
         dls = self.source.dls(labels, (train, valid), self.bs, self.size)
         model = self._network()
-        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=method.callbacks(dls, self.kind, self.vocab))
+        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=how.callbacks(dls, self.kind, self.vocab))
         return learn.remove_cbs(ProgressCallback)
 
     def _shares(self, method, train):
@@ -160,10 +161,11 @@ class Comparison(Trainings):
         "Train every method with every seed, and score. With `out`, each finished run is kept there at once"
         self.make_folder()
         with self._folder.claim() if self.out is not None else nullcontext():
-            self.rows,self.examples,self.predictions,self.looks = [],{},{} if self.out is None else StoredPredictions(self._stored),self._earlier_looks()
+            self.rows,self.examples,self.looks = [],{},self._earlier_looks()
+            self.predictions:Any = {} if self.out is None else StoredPredictions(self._stored)
             vars(self).pop('_together', None) # what pictures have kept of an earlier run
             runs = [(m, s) for s in self._seeds for m in self.methods]
-            bar = progress_bar(range(len(runs))) if progress else range(len(runs))
+            bar:Any = progress_bar(range(len(runs))) if progress else range(len(runs))
             for (method, seed), res, _ in zip(runs, self._results(runs, progress), bar):
                 if progress: bar.comment = f'{method}, seed {seed}'
                 self.predictions[method,seed] = res

@@ -35,7 +35,7 @@ from ..run_folder import write_text
 class Suspects:
     "Labels that are probably wrong, and the data that they are of"
     issues:LabelIssues # Of the examples that were judged
-    source:object # `LabelledData`
+    source:Any # `LabelledData`
     judged:np.ndarray # Item numbers of these examples
 
     @property
@@ -91,7 +91,7 @@ def find_suspects(
     **how:Any # More arguments of `read_source`
 )->Suspects:
     "Train k networks, each without a part of the data, and find the labels that they contradict. Masks, or too few examples: ValueError"
-    source = read_source(data, progress=progress, **how)
+    source:Any = read_source(data, progress=progress, **how)
     if source.kind == 'masks': raise ValueError(f"{data} holds masks, and suspects are labels of examples: use images with a class each, texts or rows.")
     judged,notes = judged_items(source, k)
     if len(judged) < 2*k: raise ValueError(f"{data} has {len(judged)} examples in classes of at least {k}: take more data, or a smaller --k.")

@@ -33,7 +33,7 @@ def baselines(
 )->dict: # {method: the one it is compared with, None for that one}
     "Every method is compared with cross entropy of the same label noise, or with the first that has it"
     methods = [parse_method(name, noise=noise) for name in names]
-    base = {}
+    base:dict = {}
     for m in methods:
         if m.noise not in base or (m.is_baseline and not base[m.noise].is_baseline): base[m.noise] = m
     return {m.name: None if base[m.noise] is m else base[m.noise].name for m in methods}
@@ -183,7 +183,7 @@ class Evidence:
             parts = {m: self._of_examples(m, base, metric) for m in group if m != base}
             examples,within = parts[method]
             variance = within+max(pooled-np.mean([w for _, w in parts.values()]), 0.)
-        overlap = 0. if self.one_split or not self.n_train else self.n_valid/self.n_train
+        overlap = 0. if self.one_split or not self.n_train or not self.n_valid else self.n_valid/self.n_train
         return Difference(method, base, metric, float(gaps.mean()), float(figures[:,group.index(base)].mean()), float(variance), df, k, float(within), overlap,
                           float(examples), max((self.n_valid or 2)-1, 1), level)
 
@@ -272,7 +272,8 @@ def verdict(
         best = min(others, key=lambda m: figures_of(e.rows, m, PRIMARY).mean())
         return (f"One seed gives no interval, so no verdict. NLL after temperature of {best}: {mean(best)} against {mean(e.bases[best])} for {e.bases[best]}. "
                 f"Run at least --seeds 3.{notes_of(e)}")
-    found,groups = e.differences(),{}
+    found = e.differences()
+    groups:dict = {}
     for m in e.compared: groups.setdefault(e.bases[m], []).append(found[m])
     n = len(e.compared)
     corrected = f', corrected for {n} methods' if n > 1 else ''

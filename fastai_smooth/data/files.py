@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -33,7 +34,7 @@ from .tables import read_table
 def rare_classes(
     labels, # (N,), or multi-hot (N, K)
     vocab, # Class names
-    splits:list, # Item numbers of the training and of the validation set, of one split or several
+    splits:Sequence, # Item numbers of the training and of the validation set, of one split or several
 )->str: # A line, empty if there are none
     "Say which classes have fewer than two validation examples in some split, by name"
     def count(items): return labels[items].sum(0) if labels.ndim == 2 else np.bincount(labels[items], minlength=len(vocab))
@@ -89,7 +90,8 @@ class LabelledData(ABC):
     def shares(self,
         alpha:float=0. # Votes that each class gets in advance: the mean under a Dirichlet prior
     )->np.ndarray: # (N, K), sums to 1
-        "The votes as distributions over the classes"
+        "The votes as distributions over the classes. Data without votes: ValueError"
+        if self.votes is None: raise ValueError(f"{self.where} has no votes.")
         votes = self.votes+alpha
         return votes/votes.sum(1, keepdims=True)
 
@@ -129,8 +131,8 @@ class LabelledData(ABC):
 @dataclass
 class ImageData(LabelledData):
     "Images with a class each, or several labels each: small ones in memory, or files"
-    images:object=None # (N, H, W) or (N, C, H, W), uint8. None: they are still in their files
-    files:list|None=None # Where each image came from
+    images:Any=None # (N, H, W) or (N, C, H, W), uint8. None: they are still in their files
+    files:Any=None # Where each image came from
 
     @property
     def kind(self)->str: return 'images'
@@ -171,7 +173,7 @@ class ImageData(LabelledData):
         if not len(broken): return self
         kept = np.setdiff1d(np.arange(len(self)), broken)
         split = None if self.split is None else tuple(np.searchsorted(kept, np.intersect1d(s, kept)) for s in self.split)
-        values = {k: v[kept] if isinstance(v, np.ndarray) else [v[i] for i in kept] for k in self.per_item if (v := getattr(self, k)) is not None}
+        values:dict[str,Any] = {k: v[kept] if isinstance(v, np.ndarray) else [v[i] for i in kept] for k in self.per_item if (v := getattr(self, k)) is not None}
         first = ', '.join(str(self.files[i]) for i in broken[:5])
         notes = [*self.notes, f"{len(broken)} of {len(self)} {self.unit} cannot be read and are left out: {first}{', ...' if len(broken) > 5 else ''}"]
         data = replace(self, split=split, notes=notes, **values)
@@ -195,7 +197,7 @@ def image_data(
 @dataclass
 class MaskData(ImageData):
     "Images with a class per pixel: small ones in memory, or files"
-    masks:list|None=None # Mask files
+    masks:Any=None # Mask files
     ignore:int|None=None # Number in them of pixels to be ignored
     as_one:int|None=None # Number in them that means class 1
 
@@ -217,7 +219,7 @@ class MaskData(ImageData):
 
     def load(self, size:int, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Read all images and masks, masks by the nearest pixel"
-        data = self.checked(progress, skip_broken)
+        data:Any = self.checked(progress, skip_broken)
         labels = [data.numbers(read_small(f, size, class_numbers, Image.Resampling.NEAREST)) for f in data.masks]
         return ImageData.load(replace(data, labels=np.stack(labels)), size, progress, skip_broken)
 
@@ -231,7 +233,7 @@ class MaskData(ImageData):
 @dataclass
 class TextData(LabelledData):
     "Texts in memory"
-    texts:list=None # Strings
+    texts:Any=None # Strings
     length:int=256 # Tokens that are read of each
 
     def __post_init__(self): self.tokenizer = CachedTokenizer(self.length)
@@ -366,6 +368,7 @@ def find_source(
     "Find out what data are. What is unknown or missing: ValueError that names it"
     if str(data) not in SOURCES and not Path(data).exists():
         raise ValueError(f"Unknown data set {str(data)!r}: use one of {', '.join(SOURCES)}, a folder of class folders, or a CSV of files and labels.")
+    res:LabelledData
     if str(data) == 'pets': res = image_data('pets', *pets_files())
     else: res = embedded_source(str(data)) if str(data) in SOURCES else file_source(data, delimiter, ignore, target, skip_broken, votes, labels)
     check_options(res, data, ignore, delimiter=delimiter, target=target, votes=votes, labels=labels)
@@ -381,9 +384,9 @@ def read_source(
     load:bool=True, # Read the images of files. False: leave them there, tried
     progress:bool=True, # Show progress bars
     votes:str|None=None, # Between votes in a cell of a CSV, such as 'cat;cat;dog'. None: they are no votes
-    labels:Sequence[str]|None=None, # Columns of a CSV with counts or probabilities, which are the classes
+    labels:str|Sequence[str]|None=None, # Columns of a CSV with counts or probabilities, which are the classes
 )->LabelledData:
     "Read data. What is unknown, missing or damaged: ValueError that names it"
-    res = find_source(data, delimiter, ignore, target, skip_broken, votes, labels)
+    res:Any = find_source(data, delimiter, ignore, target, skip_broken, votes, labels)
     if getattr(res, 'files', None) is None: return res
     return res.load(size or own_side(res.files), progress, skip_broken) if load else res.checked(progress, skip_broken)

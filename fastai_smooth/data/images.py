@@ -13,6 +13,7 @@ import os
 import socket
 import ssl
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.error import URLError
 
@@ -127,7 +128,7 @@ def open_image(
 
 # %% ../../nbs/52_data.images.ipynb #d6bb9919
 def each_file(
-    files:list, # Or numbers of items
+    files:Sequence, # Or numbers of items
     read, # Called with each
     what:str='files', # For the error
     progress:bool=True, # Show a progress bar

@@ -30,6 +30,7 @@ from fastai.vision.core import AddMaskCodes
 from fastcore.basics import compose
 from numpy.typing import ArrayLike
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 
 from .soft_labels import SoftCategorize
 
@@ -127,7 +128,7 @@ def numbers_of(splits): return [[int(i) for i in s] for s in splits]
 
 # %% ../../nbs/50a_data.loaders.ipynb #e4334954
 def array_dls(
-    images:np.ndarray, # Greyscale images (N, H, W) or images (N, C, H, W), uint8
+    images:np.ndarray|Tensor, # Greyscale images (N, H, W) or images (N, C, H, W), uint8
     labels:np.ndarray, # Class indices (N,), multi-hot labels (N, K), distributions (N, K), floating with a sum of 1, or masks (N, H, W), -100: ignored
     vocab:Iterable, # Class names, in the order of the indices
     splits:Sequence, # Item numbers of the training set and of the validation set
@@ -136,12 +137,12 @@ def array_dls(
     batch_tfms:Sequence=(), # fastai's batch transforms, such as `aug_transforms()`
 )->DataLoaders: # Batches of `TensorImage` (bs, C, H, W) in [0, 1] and targets in fastai's types; training drops the last batch if it is short
     "Images in memory as fastai DataLoaders that `show_batch` can draw"
-    images,labels = torch.as_tensor(images),np.asarray(labels)
-    if images.ndim == 3: images = images.unsqueeze(1)
+    pixels,labels = torch.as_tensor(images),np.asarray(labels)
+    if pixels.ndim == 3: pixels = pixels.unsqueeze(1)
     if size is not None:
-        images = F.interpolate(images.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
+        pixels = F.interpolate(pixels.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
         if labels.ndim == 3: labels = F.interpolate(torch.as_tensor(labels)[:,None].double(), (size, size), mode='nearest-exact')[:,0].long().numpy()
-    dsets = Datasets(range(len(images)), [[ItemImage(images)], target_tfms(labels, vocab)], splits=numbers_of(splits))
+    dsets = Datasets(range(len(pixels)), [[ItemImage(pixels)], target_tfms(labels, vocab)], splits=numbers_of(splits))
     return dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=0, after_batch=[IntToFloatTensor(), *batch_tfms])
 
 # %% ../../nbs/50a_data.loaders.ipynb #48338c3f
@@ -151,7 +152,8 @@ class CachedTokenizer(Tokenizer):
         length:int=256, # Tokens that are kept of each text
     ):
         super().__init__(SpacyTokenizer('en'))
-        self.length,self.known = length,{}
+        self.length = length
+        self.known:dict = {}
 
     def cut(self,
         texts # Strings

@@ -12,6 +12,7 @@ __all__ = ['NETWORKS', 'load_weights', 'small_convnet', 'build_model', 'body_of'
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -151,7 +152,7 @@ NETWORKS = {'images': 'convnet', 'masks': 'segmenter', 'texts': 'small_awd_lstm'
 def network_for(
     kind:str, # One of `NETWORKS`
     arch:str, # Its network there, 'awd_lstm' for texts, or a timm model for images, a torchvision model for masks
-    n_channels:int|tuple, # Channels of the images, size of the vocabulary, or the columns of a table: sizes of the embeddings, and the number of numbers
+    n_channels:Any, # Channels of the images, size of the vocabulary, or the columns of a table: sizes of the embeddings, and the number of numbers
     n_classes:int, # Number of classes
     weights:str|None=None, # File with a state dict; its head is left out if it has other classes
     pretrained:bool=False, # Whether to start from downloaded weights

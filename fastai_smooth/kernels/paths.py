@@ -9,6 +9,7 @@ __all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy']
 
 # %% ../../nbs/23_kernels.paths.ipynb #843891cf
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,8 @@ def cross_entropy(
     reduction:str, # 'mean', 'sum' or 'none'
 )->Tensor: # Loss
     "Smoothed cross entropy of logits, by the path that suits"
-    logits, target, index, coefficient, native = base_tensor(logits), base_tensor(target), None, None, False
+    logits, target, coefficient, native = base_tensor(logits), base_tensor(target), None, False
+    index:Any = None
     formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
     on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
@@ -158,7 +160,7 @@ def binary_entries(
 )->tuple: # Logits and target for `binary_cross_entropy`, and whether the target was given as indices
     "Logits and target as they are where the kernels of a GPU take them, else in single precision and dense. A shape that does not fit: ValueError"
     if isinstance(target, Tensor) and logits.ndim and gpu_takes_binary(logits, target, None, None, 'mean', 0., 1., axis % logits.ndim):
-        y = as_entries(base_tensor(target), logits.shape, axis % logits.ndim)
+        y:Any = as_entries(base_tensor(target), logits.shape, axis % logits.ndim)
         return base_tensor(logits), y, y.ndim < logits.ndim
     logits = in_single_precision(logits)
     return logits, *binary_target(logits, target, axis)

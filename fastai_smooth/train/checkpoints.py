@@ -13,6 +13,7 @@ import io
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ def read_checkpoint(
     whole = len(data) > 32 and hashlib.sha256(memoryview(data)[32:]).digest() == data[:32]
     if whole: return torch.load(io.BytesIO(data[32:]), map_location='cpu', weights_only=True)
     warnings.warn(f"{Path(path).name} is damaged and left aside: the training starts from the beginning.")
+    return None
 
 # %% ../../nbs/83_train.checkpoints.ipynb #4577f9da
 def plain_values(value):
@@ -86,7 +88,8 @@ class Checkpoints(_State):
     def __init__(self,
         file:str|Path # Of the checkpoint
     )->None:
-        self.file,self.fits,self.rows,self.names,self.found,self.waiting = Path(file),-1,[],[],None,False
+        self.file,self.fits,self.rows,self.names,self.waiting = Path(file),-1,[],[],False
+        self.found:Any = None
 
     def read(self)->dict|None:
         "The state in the file, if there is one"

@@ -117,7 +117,7 @@ class Recipe:
         return '\n'.join([f'Recipe {self.name}: {self.purpose}', *rows])
 
 # %% ../../nbs/80_train.registry.ipynb #3376aeed
-recipes = {} # names to recipes
+recipes:dict[str,Recipe] = {} # names to recipes
 
 @dataclass(frozen=True)
 class _Later:
