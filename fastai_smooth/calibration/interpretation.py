@@ -8,9 +8,9 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/calibration.interpretation.h
 __all__ = ['CalibrationInterpretation']
 
 # %% ../../nbs/64_calibration.interpretation.ipynb #b86d7547
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +24,8 @@ from .predictions import Predictions, beside, gather, kept_modes
 from .metrics import AURC, ECE, SmoothECE, confidence_of, decision_of, where_known
 from .intervals import calibrated_error, drawn_right, intervals, wilson
 from .temperature import cross_fit, fit_temperature
+
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../../nbs/64_calibration.interpretation.ipynb #1a204139
 _F = TypeVar('_F', bound='_Figures')
@@ -72,12 +74,12 @@ class _Figures:
         "The same after temperature scaling, for figures and pictures of before and after"
         return type(self)(cross_fit(self.predictions, folds)[0], self.vocab, self.learn)
 
-    def confidence(self):
+    def confidence(self)->tuple:
         "Confidence and correctness of each prediction, as arrays"
         return tuple(v.numpy() for v in where_known(*confidence_of(self.predictions)))
 
     def scores(self,
-        p=2, # Of the norm that logits are divided by
+        p:float=2, # Of the norm that logits are divided by
     )->dict: # {name of the score: (AURC, risk among the 1, 2, ..., N most confident)}
         "AURC and risks from the most confident on, by each score"
         kinds = {'highest probability': AURC()}
@@ -97,8 +99,8 @@ class _Pictures(_Figures):
     "What the predictions of a learner are worth, to look at"
     def plot_reliability(self,
         n_bins:int=15, # Bins of the confidence, equally wide
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "How often predictions of each confidence are right: bars with 95% intervals, the gap to the confidence hatched, and how many there are"
         metric = ECE(n_bins)
         metric.of(*metric.parts(self.predictions))
@@ -121,8 +123,8 @@ class _Pictures(_Figures):
         return ax
 
     def plot_smooth(self,
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "How often predictions of each confidence are right, without bins, the band that 95% of calibrated models would keep to, and the density below"
         metric,at,g = SmoothECE(),np.linspace(0, 1, 401),torch.Generator().manual_seed(0)
         p,right = metric.parts(self.predictions)
@@ -148,8 +150,8 @@ class _Pictures(_Figures):
 
     def plot_confidence(self,
         n_bins:int=30, # Bins of the confidence
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "How confident the model is where it is right and where it is wrong"
         p,right = (v.numpy() for v in where_known(*decision_of(self.predictions)))
         ax = axes(ax)
@@ -165,8 +167,8 @@ class _Pictures(_Figures):
 
     def plot_risk_coverage(self,
         p:float=2, # Of the norm of the logits
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "The error among the most confident, for every share that is answered, by the highest probability and by the normalised logit"
         ax = axes(ax)
         for (name, (area, risk)), style in zip(self.scores(p).items(), (dict(color='k'), dict(color='.5', ls='--'))):
@@ -205,9 +207,9 @@ class _LastLayer(_Pictures):
         raise ValueError(f"There is no class {c!r}: the classes are {', '.join(self.vocab[:10])}{', ...' if len(self.vocab) > 10 else ''}.")
 
     def plot_penultimate(self,
-        classes, # Three classes, by number or name
-        ax=None, # Axes to draw in
-    ): # The axes
+        classes:Iterable, # Three classes, by number or name
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "What goes into the last layer for three classes, in the plane through their weights, training and validation: Müller et al. 2019, https://arxiv.org/abs/1906.02629"
         classes = [self._class_number(c) for c in classes]
         if len(set(classes)) != 3: raise ValueError(f"The plane goes through three different classes, but got {classes}.")

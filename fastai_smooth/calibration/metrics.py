@@ -11,10 +11,11 @@ __all__ = ['FIGURES', 'MORE_FIGURES', 'ECE', 'MCE', 'ClasswiseECE', 'AdaptiveECE
 # %% ../../nbs/61_calibration.metrics.ipynb #01f06e23
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
-from fastai.learner import Metric
+from fastai.learner import Learner, Metric
 from fastcore.basics import camel2snake, patch
 from scipy.signal import fftconvolve
 from torch import Tensor
@@ -64,19 +65,24 @@ def where_known(confidence, right):
 class _Calibration(Metric):
     "Base: takes from each row what the figure is made of (`parts`) and adds that up (`take`). On a GPU nothing waits before `value`"
     def __init__(self,
-        act=None # Turns predictions into probabilities. None: the activation of the loss
-    ): self.act = act
+        act:Callable|None=None # Turns predictions into probabilities. None: the activation of the loss
+    )->None: self.act = act
 
-    def reset(self): self.n,self.broken,self.problems = 0,False,[]
-    def accumulate(self, learn):
+    n:Any # a number or a tensor, as are the sums below: on a GPU they stay there
+    broken:Any
+
+    def reset(self)->None:
+        self.n,self.broken = 0,False
+        self.problems:list = []
+    def accumulate(self, learn:Learner)->None:
         pred,y = (learn.to_detach(t, cpu=False) for t in (learn.pred, learn.y))
         rows = as_rows(pred, y, learn.loss_func, self.act)
         self.broken = rows.broken().any() | self.broken
         self.add(rows)
         self.problems += rows.problems
 
-    def add(self, rows): self.take(*self.parts(rows))
-    def of(self, *parts): # the figure of some parts
+    def add(self, rows:Rows)->None: self.take(*self.parts(rows))
+    def of(self, *parts:Tensor)->Any: # the figure of some parts
         self.reset()
         self.take(*parts)
         return self.value
@@ -91,13 +97,15 @@ class _Calibration(Metric):
 
 class _Mean(_Calibration):
     "A mean over examples or known entries"
-    def reset(self):
+    total:Any
+
+    def reset(self)->None:
         super().reset()
         self.total = 0.
-    def take(self, values, weight):
+    def take(self, values:Tensor, weight:Tensor)->None:
         self.total = self.total + torch.where(weight > 0, values*weight, 0.).sum()
         self.n = self.n + weight.sum()
-    def figure(self): return self.total/self.n
+    def figure(self)->Any: return self.total/self.n
 
 class _Accuracy(_Mean):
     name = 'accuracy'
@@ -112,24 +120,28 @@ def check_bins(n_bins):
 
 class _Binned(_Calibration):
     "Sums per bin of the confidence, of one row or of one row per class"
-    def __init__(self, n_bins=15, act=None):
+    counts:Any
+    confidence:Any
+    correct:Any
+
+    def __init__(self, n_bins:int=15, act:Callable|None=None)->None:
         super().__init__(act)
         self.n_bins = check_bins(n_bins)
 
-    def reset(self):
+    def reset(self)->None:
         super().reset()
         self.counts = self.confidence = self.correct = 0.
 
-    def bins(self, p, right): # p and right (R, M) with nan in `right` for what is left out
+    def bins(self, p:Tensor, right:Tensor)->None: # p and right (R, M) with nan in `right` for what is left out
         edges = torch.arange(1, self.n_bins, dtype=torch.float64, device=p.device)/self.n_bins
         which,known = torch.bucketize(p, edges, right=True),~right.isnan()
         sums = lambda v: torch.zeros(len(p), self.n_bins, dtype=torch.float64, device=p.device).scatter_add_(1, which, v.masked_fill(~known, 0.))
         self.counts,self.confidence,self.correct = self.counts+sums(torch.ones_like(p)),self.confidence+sums(p),self.correct+sums(right)
         self.n = self.n + known.sum()
 
-    def parts(self, rows): return confidence_of(rows)
-    def take(self, p, right): self.bins(p.reshape(1, -1), right.reshape(1, -1))
-    def gaps(self): return (self.correct-self.confidence).abs()/self.counts.clamp(min=1) # mean accuracy against mean confidence, per bin
+    def parts(self, rows:Rows)->tuple: return confidence_of(rows)
+    def take(self, p:Tensor, right:Tensor)->None: self.bins(p.reshape(1, -1), right.reshape(1, -1))
+    def gaps(self)->Tensor: return (self.correct-self.confidence).abs()/self.counts.clamp(min=1) # mean accuracy against mean confidence, per bin
 
 # %% ../../nbs/61_calibration.metrics.ipynb #6e7709f8
 class ECE(_Binned):
@@ -173,16 +185,18 @@ class ClasswiseECE(_Binned):
 # %% ../../nbs/61_calibration.metrics.ipynb #aa241548
 class _Kept(_Calibration):
     "Keeps a score and its correctness for each prediction"
-    def reset(self):
+    def reset(self)->None:
         super().reset()
-        self.scores,self.right = [],[]
-    def parts(self, rows): return confidence_of(rows)
-    def take(self, score, right):
-        self.scores.append(score.flatten()), self.right.append(right.flatten())
+        self.scores:list = []
+        self.right:list = []
+    def parts(self, rows:Rows)->tuple: return confidence_of(rows)
+    def take(self, score:Tensor, right:Tensor)->None:
+        self.scores.append(score.flatten())
+        self.right.append(right.flatten())
         self.n = self.n + (~right.isnan()).sum()
 
-    def kept(self): return where_known(torch.cat(self.scores), torch.cat(self.right))
-    def sorted(self, descending=False): # scores in order, and the correctness, shared among equal scores
+    def kept(self)->tuple: return where_known(torch.cat(self.scores), torch.cat(self.right))
+    def sorted(self, descending:bool=False)->tuple: # scores in order, and the correctness, shared among equal scores
         score,right = self.kept()
         score,order = score.sort(descending=descending, stable=True)
         _,group,n = score.unique_consecutive(return_inverse=True, return_counts=True)

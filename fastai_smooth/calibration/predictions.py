@@ -98,9 +98,9 @@ class Rows:
     # z: predictions (M, K); q: targets (M, K) in float64 that sum to 1, or 0 and 1 for several labels, nan where unknown; mass: of the targets, 0 where
     # ignored; example: which one of the batch a row belongs to; act: from such rows in float64 to probabilities; form: see `form_of`, 'shares' are
     # probabilities of exclusive classes; binary: whether each class is a question of its own; axis, ndim: class dimension and dimensions of the batch
-    def __init__(self, z, q, mass, example, act, form, binary=False, axis=-1, ndim=2):
+    def __init__(self, z:Tensor, q:Tensor, mass:Tensor, example:Tensor, act:Callable, form:str, binary:bool=False, axis:int=-1, ndim:int=2)->None:
         self.z,self.q,self.mass,self.example,self.act,self.form,self.binary,self.axis,self.ndim = z,q,mass,example,act,form,binary,axis,ndim
-        self.problems = [] # what `refuse` has put off
+        self.problems:list = [] # what `refuse` has put off
 
     def __len__(self)->int: return len(self.z)
     def __getitem__(self, i): # of the same class, with these rows
@@ -118,7 +118,7 @@ class Rows:
                                        "how predictions become probabilities, such as act=partial(torch.softmax, dim=1).", self.problems)
         return self._p
 
-    def placed(self, rows)->Tensor: # As a batch of the model
+    def placed(self, rows:Tensor)->Tensor: # As a batch of the model
         "Rows (M, K) of this form, with the classes where the model has them"
         return in_place(rows, self.ndim, self.axis)
 

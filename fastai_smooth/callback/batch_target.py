@@ -9,7 +9,6 @@ __all__ = ['Form', 'BatchTarget']
 
 # %% ../../nbs/42_callback.batch_target.ipynb #a7f77b38
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor

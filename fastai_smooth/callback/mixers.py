@@ -168,7 +168,7 @@ class TimmDraws(MixHandler):
         switch_prob:float=.5, # Probability of CutMix where both are on
         mode:str='batch', # What shares one draw: 'batch', 'pair' or 'elem' (every example has its own)
         correct_lam:bool=True, # Weight labels by the area of the box inside the image rather than by what was drawn
-    ):
+    )->None:
         check_choice(mode, ('batch', 'pair', 'elem'), 'mode')
         for name, value in (('mixup_alpha', mixup_alpha), ('cutmix_alpha', cutmix_alpha)):
             if not value >= 0: raise ValueError(f"{name} must be at least 0, but got {value!r}.")

@@ -11,7 +11,7 @@ __all__ = ['LabelSmoothing']
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastai.callback.core import Callback
@@ -30,6 +30,8 @@ from ..distributions import Distribution, check_distribution
 from ..kernels import check_reported_labels
 from ..losses import MultiTargetLoss, SmoothingLoss, loss_settings
 from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, Eps, check_choice, check_eps, is_mixed, read_eps
+
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../../nbs/44_callback.smoothing.ipynb #d2e85d7b
 class SmoothingSettings(TrainingPassCallback):
@@ -84,8 +86,8 @@ class SmoothingSettings(TrainingPassCallback):
         return check_eps(eps(min(share, 1.)) if callable(eps) else eps, self.negative)
 
     def plot_eps(self,
-        ax=None # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None # Axes to draw in
+    )->'Axes': # The axes
         "Draw the strength over a fit: a line per target, or per class where there is one strength for each"
         import matplotlib.pyplot as plt
         if ax is None: _,ax = plt.subplots(figsize=(5, 3), layout='constrained')
@@ -207,9 +209,9 @@ class SmoothingPass(SmoothingSettings):
     _pass:Any = None # the `SmoothedLoss` of the training pass that is running
 
     @property
-    def learn(self): return self.__dict__.get('_learn')
+    def learn(self)->Any: return self.__dict__.get('_learn')
     @learn.setter
-    def learn(self, value):
+    def learn(self, value)->None:
         self.__dict__['_learn'] = value
         if value is None and self._pass is not None: self._pass.active = False # removed in the middle of a pass
         self._carry_state()
@@ -239,7 +241,7 @@ class SmoothingPass(SmoothingSettings):
     def _carry_state(self): self._carried = carried_by(getattr(self.learn, 'model', None), self.dists(), self._carried)
 
     def training_loss(self,
-        learn # The `Learner`
+        learn:Learner # The `Learner`
     )->SmoothedLoss: # Stands for the user's loss while a training pass runs
         "Check that this callback fits the learner, before anything is trained"
         user = learn.loss_func
@@ -253,7 +255,7 @@ class SmoothingPass(SmoothingSettings):
 
     def read(self,
         loss:SmoothedLoss # The loss of a pass
-    ):
+    )->None:
         "Read the user's loss. A combination that has no meaning: ValueError"
         user,learn = loss.user,loss.learn
         soft,dists = soft_loss(user),self.dists()
@@ -275,9 +277,9 @@ class SmoothingPass(SmoothingSettings):
 
     def loss(self,
         loss:SmoothedLoss, # The loss of this training pass
-        pred, # Predictions
+        pred:Any, # Predictions
         yb:tuple, # Targets, as the mixers left them
-        **kwargs # Passed on
+        **kwargs:Any # Passed on
     )->Tensor: # Loss of the smoothed targets
         "The loss of a batch. Override it for a loss that is made of several"
         value = loss.smoothed(pred, yb, self.current_eps, **kwargs)

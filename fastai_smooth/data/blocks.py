@@ -9,6 +9,7 @@ __all__ = ['folder_dls', 'csv_dls', 'image_dls', 'pets_dls', 'mask_dls', 'texts_
 
 # %% ../../nbs/56_data.blocks.ipynb #2577868b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
@@ -79,11 +80,11 @@ def labelled_dls(data, s, item_tfms, batch_tfms=(), dl_type=None):
 
 # %% ../../nbs/56_data.blocks.ipynb #4d8e12b1
 def image_dls(
-    path, # Folder with a folder per class, CSV file, or one of `SOURCES`
+    path:str|Path, # Folder with a folder per class, CSV file, or one of `SOURCES`
     s:dict, # Settings of a recipe: delimiter, target, skip_broken, valid_pct, seed, bs, num_workers
-    item_tfms=None, # Of each image. None: resized to the size in the settings; if that is None, as they are, at most 128
-    batch_tfms=(), # Of each batch
-    dl_type=None, # Class of the data loaders
+    item_tfms:Any=None, # Of each image. None: resized to the size in the settings; if that is None, as they are, at most 128
+    batch_tfms:Any=(), # Of each batch
+    dl_type:type|None=None, # Class of the data loaders
 )->DataLoaders:
     "Images with a class each or, from a CSV with a delimiter, with several"
     data = source_of(path, s, 'images')

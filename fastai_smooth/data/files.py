@@ -60,7 +60,6 @@ class LabelledData(ABC):
     @abstractmethod
     def kind(self)->str: # What a network is chosen by
         "'images', 'masks', 'texts' or 'table'"
-
     @property
     @abstractmethod
     def unit(self)->str: # In the plural
@@ -368,8 +367,7 @@ def find_source(
     "Find out what data are. What is unknown or missing: ValueError that names it"
     if str(data) not in SOURCES and not Path(data).exists():
         raise ValueError(f"Unknown data set {str(data)!r}: use one of {', '.join(SOURCES)}, a folder of class folders, or a CSV of files and labels.")
-    res:LabelledData
-    if str(data) == 'pets': res = image_data('pets', *pets_files())
+    if str(data) == 'pets': res:LabelledData = image_data('pets', *pets_files())
     else: res = embedded_source(str(data)) if str(data) in SOURCES else file_source(data, delimiter, ignore, target, skip_broken, votes, labels)
     check_options(res, data, ignore, delimiter=delimiter, target=target, votes=votes, labels=labels)
     return res

@@ -103,7 +103,7 @@ class MixtureForm(DenseOperators):
     @property
     def ndim(self)->int: return self.indices.ndim
     def dim(self)->int: return self.ndim
-    def size(self, dim=None): return self.shape if dim is None else self.shape[dim]
+    def size(self, dim:int|None=None)->Any: return self.shape if dim is None else self.shape[dim]
     def __len__(self)->int: return len(self.indices)
     def __repr__(self): return f'MixedTarget({self.indices.shape[1]} components, shape={tuple(self.shape)}, axis={self.axis})'
 

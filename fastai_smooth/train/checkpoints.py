@@ -70,10 +70,10 @@ class _State(Callback):
         return plain_values(dict(fit=self.fits, epoch=self.epoch, model=weights, metadata=weights._metadata, opt=self.opt.state_dict(), record=record,
                                  rows=self.rows, names=self.names, random=random_state(self.dls.loaders)))
 
-    def put_back(self, state):
+    def put_back(self, state:dict)->None:
         "Make everything as it was when the checkpoint was written"
         r,record = self.recorder,state['record']
-        weights = OrderedDict(state['model'])
+        weights:Any = OrderedDict(state['model'])
         weights._metadata = OrderedDict(state['metadata'])
         get_model(self.model).load_state_dict(weights)
         self.opt.load_state_dict(to_device(state['opt'], next(self.model.parameters()).device))
