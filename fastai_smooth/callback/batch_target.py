@@ -113,11 +113,11 @@ class BatchTarget(Tensor):
     def __repr__(self): return f'BatchTarget({self.plain!r})'
     def __reduce_ex__(self, protocol): return self.plain.__reduce_ex__(protocol)
     def __deepcopy__(self, memo): return copy.deepcopy(self.plain, memo)
-    # `y *= .5` of labels blends, as `y = y*.5` does, and gives a target rather than the tensor that a checker expects
-    def __imul__(self, other): return self*other if self.is_labels and is_float(other) else super().__imul__(other) # type: ignore[misc]
-    def __iadd__(self, other): return self+other if self.is_labels and is_float(other) else super().__iadd__(other) # type: ignore[misc]
-    def __isub__(self, other): return self-other if self.is_labels and is_float(other) else super().__isub__(other) # type: ignore[misc]
-    def __itruediv__(self, other): return self/other if self.is_labels else super().__itruediv__(other) # type: ignore[misc]
+    # `y *= .5` of labels blends, as `y = y*.5` does
+    def __imul__(self, other): return self*other if self.is_labels and is_float(other) else super().__imul__(other) # type: ignore[misc] # blends
+    def __iadd__(self, other): return self+other if self.is_labels and is_float(other) else super().__iadd__(other) # type: ignore[misc] # blends
+    def __isub__(self, other): return self-other if self.is_labels and is_float(other) else super().__isub__(other) # type: ignore[misc] # blends
+    def __itruediv__(self, other): return self/other if self.is_labels else super().__itruediv__(other) # type: ignore[misc] # blends
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -20,7 +20,7 @@ from .binary import LabelSmoothingBCE
 from .overlap import LabelSmoothingDice
 from .settings import loss_settings
 from .softmax import SmoothingLoss
-from ..targets import Inputs, Target, base_tensor, check_axis, check_choice, dense_target, is_mixed, is_readable
+from ..targets import Eps, Inputs, Target, base_tensor, check_axis, check_choice, dense_target, is_mixed, is_readable
 
 # %% ../../nbs/34_losses.combined.ipynb #d27534a0
 def set_reductions(
@@ -47,12 +47,12 @@ class LossOfLosses(SmoothingLoss):
     @property
     def eps(self)->float|Tensor: return self.parts()[0].eps
     @eps.setter
-    def eps(self, value):
+    def eps(self, value:Eps)->None:
         for loss in self.parts(): loss.eps = value
     @property
     def reduction(self)->str: return self.parts()[0].reduction
     @reduction.setter
-    def reduction(self, value): set_reductions(self, self.parts(), value)
+    def reduction(self, value:str)->None: set_reductions(self, self.parts(), value)
 
     @property
     def axis(self)->int: return self.parts()[0].axis
@@ -223,7 +223,7 @@ class MultiTargetLoss(nn.Module):
     @property
     def reduction(self)->str: return next((loss.reduction for loss in self.losses if hasattr(loss, 'reduction')), 'mean')
     @reduction.setter
-    def reduction(self, value): set_reductions(self, self.losses, value)
+    def reduction(self, value:str)->None: set_reductions(self, self.losses, value)
 
     def activation(self,
         preds:Sequence[Tensor] # Predictions, one tensor per head
@@ -291,7 +291,7 @@ class EachClass(nn.Module):
     @property
     def reduction(self)->str: return self.loss.reduction
     @reduction.setter
-    def reduction(self, value): self.loss.reduction = value
+    def reduction(self, value:str)->None: self.loss.reduction = value
     def activation(self,
         pred:Tensor # Predictions
     )->Tensor: # What the loss makes of them

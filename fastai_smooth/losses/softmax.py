@@ -50,7 +50,7 @@ class SmoothingLoss(nn.Module):
     @property
     def eps(self)->float|Tensor: return self._eps
     @eps.setter
-    def eps(self, value):
+    def eps(self, value:Eps)->None:
         self._strength('_eps', check_eps(value, self.negative))
 
     def _strength(self, name, value):
@@ -62,7 +62,7 @@ class SmoothingLoss(nn.Module):
     @property
     def reduction(self)->str: return self._reduction
     @reduction.setter
-    def reduction(self, value):
+    def reduction(self, value:str)->None:
         check_choice(value, REDUCTIONS, 'reduction')
         self._reduction = value
 
