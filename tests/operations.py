@@ -18,10 +18,15 @@ EACH, WEIGHT = (.1, .2, .3, .4), (1., 2., 3., 4.)
 CHECKS = 'value', 'gradcheck', 'gradgradcheck', 'vmap', 'compile', 'deepcopy', 'pickle', 'strides', 'empty', 'meta'
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
-# Checks that are not made in every dtype, and why
+# Checks that are made in some dtypes only, and why
 ONLY = {'gradcheck': ((torch.float64,), 'finite differences need double precision'),
         'gradgradcheck': ((torch.float64,), 'finite differences need double precision'),
-        'compile': ((torch.float32, torch.bfloat16), 'a graph is traced again for each dtype, by one of two ways: as it is, or raised to single precision')}
+        'compile': ((torch.float32,), 'a graph takes half a second to trace, and goes through the same lines for each dtype'),
+        'deepcopy': ((torch.float32,), 'a copy does not know the dtype of later inputs'),
+        'pickle': ((torch.float32,), 'a pickle does not know the dtype of later inputs'),
+        'meta': ((torch.bfloat16,), 'without values there are shapes and dtypes, and half precision is where the dtype changes')}
+NOT_TRACED = ('a graph takes half a second to trace: one for each operation, of index targets, and more for those whose path depends on the target; '
+              'none for a second name, other dimensions, and the references, which are what a compiled function becomes')
 
 
 def labels(n, space, device):
@@ -50,7 +55,7 @@ TARGETS = {
     'dense': Target(lambda *a: ([], [soft(*a)])),
     'learnt': Target(lambda *a: ([soft(*a)], [])), # a dense target with a gradient
     'mixed': Target(lambda n, space, dtype, device, axis: ([], [torch.stack([labels(n, space, device), labels(n, space, device).flip(0)], 1),
-                                                               torch.tensor([.3, .7], dtype=dtype, device=device).expand(n, 2)]),
+                                                               torch.tensor([[.3, .7]]*n, dtype=dtype, device=device).view(n, 2)]),
                     lambda index, weight, axis: MixedTarget(index, weight, K, axis)),
     'labels': Target(lambda *a: ([], [several(*a)])), # some of several, one unknown
 }
@@ -67,6 +72,8 @@ class Op:
     space: tuple = () # dimensions behind the classes
     axis: int = 1 # class dimension
     grid: str = '' # what tells it from others of its name
+    graphs: tuple = ('index',) # the kinds of targets with which it is compiled, see `NOT_TRACED`
+    judges: bool = True # whether a label that is no class makes the result of a graph nan or infinite
     skips: dict = field(default_factory=dict) # check, or (check, kind): the reason
 
     def floats(self, n, dtype, device):
@@ -89,6 +96,8 @@ class Op:
         if self.inputs == 'head': return f(own[0], own[1], target, bias=own[2])
         return f(own, target, target) if self.inputs == 'heads' else f(*own, target)
 
+    def cases(self): return [(kind, check) for kind in self.kinds for check in CHECKS if check != 'compile' or kind in self.graphs]
+
     def skip(self, check, kind): return self.skips.get((check, kind)) or self.skips.get(check)
     def __str__(self): return self.name + (f'[{self.grid}]' if self.grid else '')
 
@@ -100,31 +109,32 @@ OPERATIONS = [
        skips={('gradcheck', 'index'): NO_FLOATS, ('gradgradcheck', 'index'): NO_FLOATS}),
     Op('smooth_labels', partial(targets.smooth_labels, eps=.1, n_classes=K), ('index', 'learnt', 'mixed'), 'none',
        skips={('gradcheck', 'index'): NO_FLOATS, ('gradgradcheck', 'index'): NO_FLOATS}),
-    Op('smooth_binary', partial(targets.smooth_binary, eps=EACH), ('learnt',), 'none'),
-    Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=.1)),
+    Op('smooth_binary', partial(targets.smooth_binary, eps=EACH), ('learnt',), 'none', graphs=('learnt',)),
+    Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=.1), graphs=('index', 'learnt', 'mixed')),
     Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=torch.tensor(EACH), weight=torch.tensor(WEIGHT), reduction='none'), grid='each'),
-    Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=.1, axis=1, reduction='sum'), space=(2, 2), grid='masks'),
-    Op('smooth_cross_entropy_reference', partial(kernels.smooth_cross_entropy_reference, eps=.1)),
-    Op('smooth_binary_cross_entropy', partial(kernels.smooth_binary_cross_entropy, eps=.1), BINARY),
-    Op('smooth_binary_cross_entropy_reference', partial(kernels.smooth_binary_cross_entropy_reference, eps=.1), BINARY),
+    Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=.1, axis=1, reduction='sum'), space=(2,), grid='masks', graphs=()),
+    Op('smooth_cross_entropy_reference', partial(kernels.smooth_cross_entropy_reference, eps=.1), graphs=()),
+    Op('smooth_binary_cross_entropy', partial(kernels.smooth_binary_cross_entropy, eps=.1), BINARY, graphs=('index', 'labels', 'mixed')),
+    Op('smooth_binary_cross_entropy_reference', partial(kernels.smooth_binary_cross_entropy_reference, eps=.1), BINARY, graphs=()),
     Op('smooth_linear_cross_entropy', partial(kernels.smooth_linear_cross_entropy, eps=.1, chunk=2), inputs='head'),
     Op('LabelSmoothingCrossEntropy', CE(.1)),
     Op('LabelSmoothingCrossEntropy', CE(.1, WEIGHT, weight_by='example', convention='others'), grid='example'),
     Op('LabelSmoothingCrossEntropy', CE(EACH, dist=ClassPrior([1, 2, 3, 4])), grid='prior'),
-    Op('LabelSmoothingCrossEntropy', CE(.1, dist=.5*Taxonomy(['x/a', 'x/b', 'y/c', 'z']) + .5*Zipf()), grid='sum'),
-    Op('LabelSmoothingCrossEntropyFlat', losses.LabelSmoothingCrossEntropyFlat(.1, axis=1), space=(2,)),
+    Op('LabelSmoothingCrossEntropy', CE(.1, dist=.5*Taxonomy(['x/a', 'x/b', 'y/c', 'z']) + .5*Zipf()), grid='sum', graphs=('index', 'mixed')),
+    Op('LabelSmoothingCrossEntropyFlat', losses.LabelSmoothingCrossEntropyFlat(.1, axis=1), space=(2,), graphs=()),
     Op('LabelSmoothingNLL', losses.LabelSmoothingNLL(.1), inputs='log_probs'),
     Op('LabelSmoothingFocal', losses.LabelSmoothingFocal(.1)),
     Op('LabelSmoothingFocal', losses.LabelSmoothingFocal(.1, .5, WEIGHT), grid='gamma=.5'),
-    Op('LabelSmoothingDice', losses.LabelSmoothingDice(.1), space=(2, 2)),
-    Op('LabelSmoothingDice', losses.LabelSmoothingDice(.1, square_in_union=True, reduction='none'), space=(2, 2), grid='squares'),
+    Op('LabelSmoothingDice', losses.LabelSmoothingDice(.1), space=(2,)),
+    Op('LabelSmoothingDice', losses.LabelSmoothingDice(.1, square_in_union=True, reduction='none'), space=(2,), grid='squares'),
     Op('LabelRelaxation', losses.LabelRelaxation(.1)),
     Op('MultiLabelSmoothingCrossEntropy', losses.MultiLabelSmoothingCrossEntropy(.1), ('index', 'dense', 'learnt')),
     Op('LabelSmoothingBCE', losses.LabelSmoothingBCE(.1), BINARY),
     Op('LabelSmoothingBCE', losses.LabelSmoothingBCE(EACH, WEIGHT, pos_weight=WEIGHT, sum_classes=True), BINARY, grid='each'),
     *(Op('LogitPenalty', losses.LogitPenalty(CE(.1), kind, .3, margin=.5), grid=kind) for kind in ('margin', 'maxsup', 'confidence')),
-    Op('CombinedLoss', losses.CombinedLoss(losses.LabelSmoothingDice(.1), CE(.1, axis=1), weights=(.5, 1.)), space=(2, 2)),
-    Op('EachClass', losses.EachClass(nn.CrossEntropyLoss())),
+    Op('CombinedLoss', losses.CombinedLoss(losses.LabelSmoothingDice(.1), CE(.1, axis=1), weights=(.5, 1.)), space=(2,)),
+    Op('EachClass', losses.EachClass(nn.CrossEntropyLoss()), judges=False, # torch's own loss raises an IndexError
+       skips={('empty', 'index'): 'indices go to the loss itself, and the mean of nothing is nan in torch'}),
     Op('MultiTargetLoss', losses.MultiTargetLoss(CE(.1), losses.LabelSmoothingFocal(.1)), inputs='heads'),
 ]
 # Public names of these rooms that are no operations on tensors, and why
