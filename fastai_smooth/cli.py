@@ -252,7 +252,7 @@ def labels(
     weights:Path=None, # State dict to start from
     pretrained:bool=False, # Start from pretrained weights, which are downloaded once
     bs:int=None, # Batch size (default: 64, or less where that makes fewer than eight batches)
-    lr:rate=None, # Highest learning rate; find: what lr_find suggests for each method (default: what suits the data)
+    lr:float=None, # Highest learning rate (default: what suits the data)
     size:int=None, # Resize images to SIZE by SIZE pixels (default: as they are, of files at most 128)
     delimiter:str=None, # Between several labels in a CSV
     target:str=None, # Column of the labels in a CSV (default: label)
