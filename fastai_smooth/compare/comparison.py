@@ -224,8 +224,7 @@ class Comparison(Trainings):
         settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'rates', 'jobs'))
         task = joblib.delayed(_train_here)
         here = settings,self.threads,self.fingerprint
-        tasks = (task(here, *run, self.lr_of(run[0]), first if run in missing[:1] else ()) for run in missing)
-        trained = joblib.Parallel(self.jobs, return_as='generator')(tasks)
+        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *r, self.lr_of(r[0]), first if r in missing[:1] else ()) for r in missing)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind
