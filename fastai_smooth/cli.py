@@ -351,6 +351,8 @@ def main(
     argv:list|None=None # Arguments; those of the process if None
 )->int: # Exit code
     "Run the command `fastai-smooth`. Of several processes rank 0 prints"
+    for stream in (sys.stdout, sys.stderr): # what an encoding does not know, such as ε in a file on Windows, is no reason to stop
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
     with redirect_stdout(io.StringIO()) if int(os.environ.get('RANK', 0)) else nullcontext():
         parser = _parser()
         args = vars(parser.parse_args(argv))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from fastai.callback.core import Callback
 from fastai.learner import Metric
 from fastcore.docments import docments
@@ -120,6 +121,21 @@ def test_settings_ini_equals_pyproject():
     for k in ('lib_path', 'nbs_path', 'doc_path', 'branch', 'readme_nb'): assert s[k] == nbdev[k]
     assert p['urls']['Repository'].endswith(f"{s['user']}/{s['repo']}")
     assert not [d for d in [*p['dependencies'], *extras['dev'], *extras['all']] if '<' in d or '==' in d], 'an upper limit on a dependency'
+
+
+def test_actions_are_pinned():
+    "Each step that uses an action names it by the hash of a commit, with the version behind it; the oldest Python and the newest are tried"
+    folder, jobs = ROOT/'.github'/'workflows', {}
+    for p in folder.glob('*.yml'):
+        text = p.read_text(encoding='utf-8')
+        jobs[p.stem] = yaml.safe_load(text)['jobs']
+        used = [step['uses'] for job in jobs[p.stem].values() for step in job['steps'] if 'uses' in step]
+        assert used == re.findall(r'uses: ([\w./-]+@[0-9a-f]{40}) # v\d+\.\d+\.\d+$', text, re.M), p.name
+    pythons = jobs['ci']['test']['strategy']['matrix']['python']
+    minimum = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']['requires-python'].removeprefix('>=')
+    assert pythons[0] == minimum == jobs['ci']['oldest']['steps'][1]['with']['python-version'] and jobs['ci']['elsewhere']['strategy']['matrix']['os']
+    update, = yaml.safe_load((ROOT/'.github'/'dependabot.yml').read_text(encoding='utf-8'))['updates']
+    assert update['package-ecosystem'] == 'github-actions'
 
 
 @pytest.mark.processes

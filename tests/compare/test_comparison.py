@@ -3,7 +3,6 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -277,7 +276,7 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, one_thread):
         time.sleep(.1)
     with pytest.raises(ValueError, match='in use by another run'):
         with Comparison('digits', ('ce', 'ls'), epochs=2, seeds=3, out=tmp_path/'killed', resume=True)._folder.claim(): pass
-    os.kill(run.pid, signal.SIGKILL)
+    run.kill()
     run.wait()
     assert not (tmp_path/'killed'/'summary.json').exists()
     for name, more in (('killed', ['--resume']), ('whole', [])): assert main(['compare', *args, str(tmp_path/name), *more]) == 0
