@@ -121,6 +121,9 @@ def test_settings_ini_equals_pyproject():
     for k in ('lib_path', 'nbs_path', 'doc_path', 'branch', 'readme_nb'): assert s[k] == nbdev[k]
     assert p['urls']['Repository'].endswith(f"{s['user']}/{s['repo']}")
     assert not [d for d in [*p['dependencies'], *extras['dev'], *extras['all']] if '<' in d or '==' in d], 'an upper limit on a dependency'
+    cited = yaml.safe_load((ROOT/'.github'/'CITATION.cff').read_text(encoding='utf-8'))
+    assert (cited['version'], cited['license']) == (fastai_smooth.__version__, p['license'])
+    assert f"\n## [{cited['version']}] - {cited['date-released']}\n" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
 
 
 def test_actions_are_pinned():
@@ -226,7 +229,7 @@ def test_the_sidebar_lists_every_notebook_in_order():
 
 
 def test_no_machine_paths_or_addresses():
-    for p in [*ROOT.glob('*.md'), *ROOT.glob('nbs/**/*.ipynb'), *ROOT.glob('fastai_smooth/**/*.py'), *ROOT.glob('.ci/*')]:
+    for p in [*ROOT.glob('*.md'), *ROOT.glob('.github/*.*'), *ROOT.glob('nbs/**/*.ipynb'), *ROOT.glob('fastai_smooth/**/*.py'), *ROOT.glob('.ci/*')]:
         found = re.findall(r'(?<![\w.])/(?:work|root|home|tmp)/\w+|site-packages', p.read_text(encoding='utf-8'))
         assert not found, f'{p.name}: {found[:3]}'
 
