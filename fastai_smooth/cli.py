@@ -181,7 +181,7 @@ def compare(
     skip_broken:bool=False, # Leave out files and rows that cannot be read
     valid_pct:float=.2, # Share of the validation set, where the data don't say which it is
     jobs:int=1, # How many runs at a time
-    threads:int=None, # Of the CPU (default: OMP_NUM_THREADS, else all)
+    threads:int=None, # Of the CPU (default: OMP_NUM_THREADS, else 1 or all, whichever trains a batch faster)
     out:Path=None, # Folder for the results (default: a new one in fastai_smooth_runs)
     resume:bool=False, # Go on with the run in --out; other arguments are those of that run
 )->int: # Exit code: 0, or 2 for a mistake in the arguments
