@@ -76,7 +76,8 @@ def rate(text): return text if text == 'find' else float(text)
 def whole_numbers(text): return tuple(int(v) for v in text.split(','))
 def names(text): return tuple(m.strip() for m in text.split(','))
 
-SHOWN = {int: 'N', float: 'X', rate: 'X|find', numbers: 'X,X', whole_numbers: 'N,N', names: 'NAME,NAME', truth: 'yes|no', setting: 'NAME=VALUE', Path: 'PATH', str: 'TEXT'}
+SHOWN = {int: 'N', float: 'X', rate: 'X|find', numbers: 'X,X', whole_numbers: 'N,N', names: 'NAME,NAME', truth: 'yes|no', setting: 'NAME=VALUE',
+         Path: 'PATH', str: 'TEXT'}
 
 def add_options(parser, command):
     "The parameters of a function as arguments; those without a default, and DATA, go by their place"

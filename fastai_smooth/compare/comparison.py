@@ -229,7 +229,8 @@ class Comparison(Trainings):
         settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'rates', 'jobs'))
         task = joblib.delayed(_train_here)
         here = settings,self.threads,self.fingerprint
-        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *run, self.lr_of(run[0]), first if run in missing[:1] else ()) for run in missing)
+        tasks = (task(here, *run, self.lr_of(run[0]), first if run in missing[:1] else ()) for run in missing)
+        trained = joblib.Parallel(self.jobs, return_as='generator')(tasks)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind
