@@ -127,6 +127,13 @@ class Trainings(Question):
         if n < 2: raise ValueError(f"No learning rate can be found for {method}: the loss is nan from the start. Name one with --lr.")
         return valley(lrs[:n].tolist(), losses[:n].tolist(), n)[0]
 
+    def _find_rates(self, progress):
+        "The learning rates of all methods, once and for all seeds"
+        if self.out is not None: self.rates = read_config(self.out).get('rates', {})
+        for m in self.methods: self.lr_of(m)
+        if self.out is not None: self._folder.note(rates=self.rates)
+        if progress: print(self._rate(), flush=True)
+
     def train(self,
         method:str, # See `learner`
         seed:int, # See `learner`
@@ -205,13 +212,6 @@ class Comparison(Trainings):
                 self._write_report(summary)
                 self._folder.note(looks=[*self.looks, self.seeds])
         return summary
-
-    def _find_rates(self, progress):
-        "The learning rates of all methods, once and for all seeds"
-        if self.out is not None: self.rates = read_config(self.out).get('rates', {})
-        for m in self.methods: self.lr_of(m)
-        if self.out is not None: self._folder.note(rates=self.rates)
-        if progress: print(self._rate(), flush=True)
 
     def _earlier_looks(self):
         "How many seeds the earlier verdicts on these runs had"

@@ -108,8 +108,7 @@ class Arguments:
         if self.kind in ('texts', 'table') and self.size is not None: raise ValueError(f"size is for images, but {self.data} holds {self.unit}: leave it out.")
         if self.size is None and getattr(self.source, 'files', None) is not None: self.size = self.source.images.shape[-1]
         if self.arch is None: self.arch = NETWORKS[self.kind]
-        if self.epochs is None: self.epochs = EPOCHS.get(self.data, 10)
-        if self.lr is None: self.lr = LEARNING_RATES[self.kind]
+        self.epochs,self.lr = self.epochs or EPOCHS.get(self.data, 10),self.lr or LEARNING_RATES[self.kind]
 
     def _check_methods(self):
         "Each fits the data, and none is named twice; from here on `methods` are names, and `method_of` says what they stand for"
