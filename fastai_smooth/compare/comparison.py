@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -33,7 +34,9 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastprogress import progress_bar
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from ..calibration import Predictions
 from .methods import parse_method
 from .page import write_report
 from .pictures import plot_reliability, png_of
@@ -86,13 +89,13 @@ class Trainings(Question):
         "The learner of one run"
         set_seed(seed, reproducible=True)
         train,valid = self._split(seed)
-        method = self.method_of.get(method) or parse_method(method, self.eps, self.noise)
-        labels = self._shares(method, train) if self.voted else self.source.labels.copy()
+        how = self.method_of.get(method) or parse_method(method, self.eps, self.noise)
+        labels = self._shares(how, train) if self.voted else self.source.labels.copy()
         kind = 'asymmetric' if self.confused else 'symmetric'
-        if method.noise: labels[train] = corrupt_labels(labels[train], method.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
+        if how.noise: labels[train] = corrupt_labels(labels[train], how.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
         dls = self.source.dls(labels, (train, valid), self.bs, self.size)
         model = self._network()
-        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=method.callbacks(dls, self.kind, self.vocab))
+        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=how.callbacks(dls, self.kind, self.vocab))
         return learn.remove_cbs(ProgressCallback)
 
     @cached_property
@@ -186,7 +189,7 @@ def _train_here(comparison, method, seed, lr, watching):
 @dataclass
 class Comparison(Trainings):
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"
-    def make_folder(self):
+    def make_folder(self)->None:
         "Make the folder of the results, if there is to be one"
         if self.out is not None: (self.out/'predictions').mkdir(parents=True, exist_ok=True)
 
@@ -196,11 +199,12 @@ class Comparison(Trainings):
         "Train every method with every seed, and score. With `out`, each finished run is kept there at once"
         self.make_folder()
         with self._folder.claim() if self.out is not None else nullcontext(), limited(self.threads):
-            self.rows,self.examples,self.predictions,self.looks = [],{},{} if self.out is None else StoredPredictions(self._stored),self._earlier_looks()
+            self.rows,self.examples,self.looks = [],{},self._earlier_looks()
+            self.predictions:Any = {} if self.out is None else StoredPredictions(self._stored)
             vars(self).pop('_together', None) # what pictures have kept of an earlier run
             if self.lr == 'find': self._find_rates(progress)
             runs = [(m, s) for s in self._seeds for m in self.methods]
-            bar = progress_bar(range(len(runs))) if progress else range(len(runs))
+            bar:Any = progress_bar(range(len(runs))) if progress else range(len(runs))
             for (method, seed), res, _ in zip(runs, self._results(runs, progress), bar):
                 if progress: bar.comment = f'{method}, seed {seed}'
                 self.predictions[method,seed] = res
@@ -274,9 +278,9 @@ class Comparison(Trainings):
         write_text(self.out/'report.html', write_report(self, summary, 'fastai-smooth compare ' + shlex.join(self.arguments()), png))
 
     def as_predictions(self,
-        logits, # (N, K)
-        labels, # (N,), or multi-hot (N, K)
-    ): # `Predictions`
+        logits:Tensor, # (N, K)
+        labels:Tensor, # (N,), or multi-hot (N, K)
+    )->Predictions: # `Predictions`
         "Logits and labels as something to score"
         return predictions_of(logits, labels, self.voted)
 
