@@ -201,7 +201,7 @@ def compare(
     within(eps, 'eps', 1, True)
     within(noise, 'noise', 1, False)
     check_used(methods, eps, noise, pairs)
-    RunFolder(out, {}, resume=True) # whatever runs there: what else it may be is refused before anything is loaded
+    if out is not None: RunFolder(out, {}, resume=True) # whatever runs there: what else it may be is refused before anything is loaded
     quiet(threads)
     from fastai_smooth.compare import Comparison, table
     comparison = Comparison(**{**arguments, 'weights': weights and str(weights)}, out=out, resume=resume)
@@ -243,7 +243,7 @@ def train(
         changes = {**{k: v for k, v in then['settings'].items() if k in was and v != (list(was[k]) if isinstance(was[k], tuple) else was[k])}, **changes}
     find(recipe).changed(changes) # type: ignore[arg-type] # `main` refuses none
     if data is not None and not Path(data).exists() and data not in EMBEDDED: raise ValueError(f"{data} is not a folder, and no file: name one that is there.")
-    RunFolder(out, {}, resume=True)
+    if out is not None: RunFolder(out, {}, resume=True)
     quiet(threads)
     from fastai_smooth.train import train as run
     summary = run(recipe, data, out, resume, **changes)

@@ -11,9 +11,12 @@ __all__ = ['limited', 'seconds', 'choose_threads']
 import copy
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
 from .random_state import random_state, set_random_state
 
@@ -21,7 +24,7 @@ from .random_state import random_state, set_random_state
 @contextmanager
 def limited(
     n:int # Threads
-):
+)->Iterator[None]:
     "A context in which torch uses so many threads"
     before = torch.get_num_threads()
     torch.set_num_threads(n)
@@ -29,7 +32,7 @@ def limited(
     finally: torch.set_num_threads(before)
 
 def seconds(
-    model, # On a CPU
+    model:nn.Module, # On a CPU
     xb:tuple, # A batch of inputs
     n:int, # Threads
 )->float:
@@ -44,7 +47,7 @@ def seconds(
     return min(times[1:])
 
 def choose_threads(
-    learn, # The `Learner`
+    learn:Any, # The `Learner`
     most:int|None=None, # How many there are. None: as many as torch uses now
 )->int: # Threads to train with
     "One thread or `most`, whichever makes a step faster; `most` on a GPU, and if OMP_NUM_THREADS is set. Nothing is drawn from the random generators"

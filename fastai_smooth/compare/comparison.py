@@ -130,6 +130,10 @@ class Trainings(Question):
         if n < 2: raise ValueError(f"No learning rate can be found for {method}: the loss is nan from the start. Name one with --lr.")
         return valley(lrs[:n].tolist(), losses[:n].tolist(), n)[0]
 
+    def _earlier_looks(self):
+        "How many seeds the earlier verdicts on these runs had"
+        return [] if self.out is None else [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
+
     def _find_rates(self, progress):
         "The learning rates of all methods, once and for all seeds"
         if self.out is not None: self.rates = read_config(self.out).get('rates', {})
@@ -216,10 +220,6 @@ class Comparison(Trainings):
                 self._write_report(summary)
                 self._folder.note(looks=[*self.looks, self.seeds])
         return summary
-
-    def _earlier_looks(self):
-        "How many seeds the earlier verdicts on these runs had"
-        return [] if self.out is None else [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
 
     def _results(self, runs, progress=False):
         "The results of all runs, in order: those that are there already, and the others as they are done"
