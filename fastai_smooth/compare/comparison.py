@@ -130,10 +130,6 @@ class Trainings(Question):
         if n < 2: raise ValueError(f"No learning rate can be found for {method}: the loss is nan from the start. Name one with --lr.")
         return valley(lrs[:n].tolist(), losses[:n].tolist(), n)[0]
 
-    def _earlier_looks(self):
-        "How many seeds the earlier verdicts on these runs had"
-        return [] if self.out is None else [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
-
     def _find_rates(self, progress):
         "The learning rates of all methods, once and for all seeds"
         if self.out is not None: self.rates = read_config(self.out).get('rates', {})
@@ -221,6 +217,10 @@ class Comparison(Trainings):
                 self._folder.note(looks=[*self.looks, self.seeds])
         return summary
 
+    def _earlier_looks(self):
+        "How many seeds the earlier verdicts on these runs had"
+        return [] if self.out is None else [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
+
     def _results(self, runs, progress=False):
         "The results of all runs, in order: those that are there already, and the others as they are done"
         missing = [run for run in runs if self._stored(*run) is None]
@@ -233,8 +233,7 @@ class Comparison(Trainings):
         settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'rates', 'jobs'))
         task = joblib.delayed(_train_here)
         here = settings,self.threads,self.fingerprint
-        tasks = (task(here, *run, self.lr_of(run[0]), first if run in missing[:1] else ()) for run in missing)
-        trained = joblib.Parallel(self.jobs, return_as='generator')(tasks)
+        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *r, self.lr_of(r[0]), first if r in missing[:1] else ()) for r in missing)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind

@@ -130,9 +130,6 @@ class Arguments:
         if self.bs is None: self.bs = batch_size_for(self.n_train)
         if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training {self.unit}: use a smaller --bs.")
 
-    @property
-    def _seeds(self): return range(self.seed0, self.seed0+self.seeds)
-
     def _split(self, seed):
         "The item numbers of the training and of the validation set"
         try: return self.source.splits(self.valid_pct, seed)
@@ -156,6 +153,9 @@ class Arguments:
 @dataclass
 class Question(Arguments):
     "What is compared, and on which data. Bad arguments: ValueError"
+    @property
+    def _seeds(self): return range(self.seed0, self.seed0+self.seeds)
+
     @property
     def config(self)->dict: # What decides the figures of a run
         names = ('data', 'delimiter', 'votes', 'labels', 'ignore', 'target', 'skip_broken', 'eps', 'noise', 'pairs', 'epochs', 'lr', 'arch',
