@@ -134,12 +134,10 @@ def test_compare_goes_on_with_the_arguments_that_were_typed(tmp_path, capsys, mo
     assert set(s['methods']) == {'ce', 'ls@0.1', 'ls@0.3'} and s['seeds'] == 2 and s['data'] == 'iris'
 
 
-@pytest.mark.slow
-@pytest.mark.processes
-def test_doctor():
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'fastai_smooth.cli', 'doctor'], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
-    assert all(words in done.stdout for words in (f'fastai_smooth {__version__}', 'torch ', 'fastai ', 'threads', 'cpu: cpu, smoothed cross entropy by'))
+def test_doctor(capsys):
+    assert main(['doctor']) == 0
+    out, err = capsys.readouterr()
+    assert not err and all(words in out for words in (f'fastai_smooth {__version__}', 'torch ', 'fastai ', 'threads', 'cpu: cpu, smoothed cross entropy by'))
 
 
 @pytest.mark.processes

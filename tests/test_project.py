@@ -152,6 +152,7 @@ def test_import_is_light():
 @pytest.mark.processes
 def test_all_replaces_fastais_names_and_nothing_else():
     code = ("import sys\nfrom fastai.vision.all import *\nbefore, loaded = dict(globals()), set(sys.modules)\nfrom fastai_smooth.all import *\n"
+            "import fastai_smooth.kernels.gpu; assert not [m for m in sys.modules if m.startswith('fastai_smooth.kernels.triton')], 'no kernel is needed yet'\n"
             "print(sorted({m.split('.')[0] for m in set(sys.modules)-loaded}))\nprint(sorted(k for k in before if before[k] is not globals()[k]))")
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
     loaded, replaced = out.strip().splitlines()[-2:]
