@@ -316,11 +316,11 @@ def test_many_masks_take_little_memory():
     "Streaming over big masks: what it needs does not grow with them, and the figures are those of all pixels at once"
     script = Path(__file__).parent/'stream_masks.py'
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '1000000'}  # big tensors go back to the system at once
-    growth, ece, classwise, _, nll, _ = map(float, subprocess.run([sys.executable, '-W', 'ignore', str(script), '6'], env=env, capture_output=True,
+    growth, ece, classwise, _, nll, _ = map(float, subprocess.run([sys.executable, '-W', 'ignore', str(script), '12'], env=env, capture_output=True,
                                                                   text=True, check=True).stdout.split())
     assert growth < 200
     masks = runpy.run_path(str(script))['Masks']
-    z, y = (torch.stack(t) for t in zip(*(masks(6)[i] for i in range(6))))
+    z, y = (torch.stack(t) for t in zip(*(masks(12)[i] for i in range(12))))
     z, y = z.movedim(1, -1)[y != -100].double(), y[y != -100]
     assert ece == pytest.approx(multiclass_calibration_error(z.softmax(1), y, 4, 15, 'l1').item(), abs=1e-6)
     assert nll == pytest.approx(log_loss(y, z.softmax(1)), abs=1e-6)
