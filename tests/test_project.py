@@ -157,7 +157,7 @@ def test_all_replaces_fastais_names_and_nothing_else():
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
     loaded, replaced = out.strip().splitlines()[-2:]
     assert replaced == "['LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat']"
-    assert loaded == "['fastai', 'fastai_smooth', 'timm']", "what takes time to load, such as scipy.signal or Jinja, waits until it is used"
+    assert {*ast.literal_eval(loaded)} <= {'fastai', 'fastai_smooth', 'numpy', 'timm'}, "what takes time to load, such as scipy.signal, waits until it is used"
 
 
 SHOWN = {'cli': ['main']}  # of a module that is no room
