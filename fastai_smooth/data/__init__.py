@@ -14,6 +14,7 @@ from .networks import NETWORKS, build_model, build_unet, load_weights, network_f
 from .networks import body_of # noqa: F401
 from .noise import corrupt_labels, transition_matrix
 from .soft_labels import DawidSkene, SoftCategoryBlock, TensorSoftCategory, top_accuracy, top_class
+from .soft_labels import SoftCategorize # noqa: F401
 from .tables import read_table
 
 __all__ = ['EMBEDDED', 'NETWORKS', 'SOURCES', 'TABLES', 'DawidSkene', 'ImageData', 'LabelIssues', 'LabelledData', 'MaskData', 'SoftCategoryBlock', 'TableData',
