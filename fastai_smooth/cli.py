@@ -277,10 +277,10 @@ def labels(
     return 0
 
 def calibrate(
-    learner:str, # Exported learner; a pickle, which runs code: only from people you trust
+    learner:str, # Exported learner: a pickle, which runs code, so only from people you trust; or the folder safe of a training, from anybody
     data:str, # Held out from training: a folder of images in classes, or of images and masks, or a CSV of files, texts or rows with their labels
     *,
-    out:Path, # File for the calibrated learner
+    out:Path, # File for the calibrated learner; of a safe folder, a new folder
     delimiter:str=None, # Between several labels in a CSV
     ignore:int=None, # Number in the masks of pixels to ignore, such as 255
 )->int: # Exit code: 0, or 2 for a mistake in the arguments
