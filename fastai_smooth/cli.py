@@ -234,7 +234,8 @@ def train(
     quiet(threads)
     from fastai_smooth.train import train as run
     summary = run(recipe, data, out, resume, **changes)
-    print(f"\n{shown(summary)}\n\nLearner: {out/'learner.pkl'}\nReport: {out/'report.html'}")
+    found = {name: out/file for name, file in dict(Learner='learner.pkl', Safe='safe', Report='report.html', Card='README.md').items() if (out/file).exists()}
+    print(f"\n{shown(summary)}\n\n" + '\n'.join(f'{name}: {file}' for name, file in found.items()))
     return 0
 
 def labels(

@@ -8,12 +8,10 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/train.named.html.md"""
 __all__ = ['OWN', 'FLAG', 'OPTIONS', 'NETWORK', 'is_listed', 'checked_network', 'at_most', 'build_network', 'names_of',
            'head_options', 'unet_options', 'records_of', 'difference', 'network_record']
 
-# %% ../../nbs/86b_train.named.ipynb #74a7f8ad
-import copy
+# %% ../../nbs/86b_train.named.ipynb #83117d6c
 import re
 import warnings
 from contextlib import contextmanager
-from functools import partial
 
 import timm
 import torch
@@ -25,7 +23,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..data import small_convnet, small_segmenter
-from .strict import fields, number, one_of, refuse, several, text, whole
+from .strict import PICKLED, fields, number, one_of, refuse, several, text, whole
 
 # %% ../../nbs/86b_train.named.ipynb #6700ece5
 OWN = {'convnet': small_convnet, 'segmenter': small_segmenter}
@@ -132,7 +130,7 @@ def records_of(learn, model, n_channels, n_classes, size):
     else: form,options = 'whole',dict(drop_path_rate=max((float(m.drop_prob) for m in model.modules() if isinstance(m, timm.layers.DropPath)), default=0.))
     return [dict(library=library, arch=name, form=form, **sizes, options=options) for library, name in names]
 
-# %% ../../nbs/86b_train.named.ipynb #ca8db7f1
+# %% ../../nbs/86b_train.named.ipynb #bf4b92ae
 def difference(
     model:nn.Module, # One network
     other:nn.Module, # Another one
@@ -159,5 +157,5 @@ def network_record(
         other = difference(model, build_network(checked_network(spec, 'network')))
         if other is None: return spec
         found.append(f"against {spec['arch']} of {spec['library']}, {other}")
-    raise ValueError(f"A safe file names the network, and this {type(model).__name__} is none that torchvision or timm lists, as it is or through vision_learner or "
-                     f"unet_learner, and none of this package{': ' if found else ''}{'; '.join(found)}. Use learn.export, which is a pickle.")
+    raise ValueError(f"A safe file names the network, and this {type(model).__name__} is none that torchvision or timm lists, as it is or through "
+                     f"vision_learner or unet_learner, and none of this package{': ' if found else ''}{'; '.join(found)}. {PICKLED}")
