@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from fastai.data.block import CategoryBlock, DataBlock, RegressionBlock
 from fastai.data.core import Datasets
 from fastai.data.transforms import Categorize, IntToFloatTensor, get_image_files
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandomResizedCrop, Resize, ResizeMethod, aug_transforms
@@ -26,9 +27,11 @@ from torchvision.models import squeezenet1_1
 from users_files import write_masks
 
 from fastai_smooth.calibration import TemperatureScaling
+from fastai_smooth.cli import main
 from fastai_smooth.data import mask_dls, small_convnet, text_dls, text_network
 from fastai_smooth.losses import LabelSmoothingBCE, MultiLabelSmoothingCrossEntropy
-from fastai_smooth.train import export_safe, load_safe, recipe
+from fastai_smooth.train import calibrate, export_safe, load_safe, recipe
+from fastai_smooth.train.training import _Training
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 # a process in which nothing is unpickled, by whatever name it is called, and nothing is fetched: what each folder predicts
@@ -325,3 +328,29 @@ def test_a_loaded_learner_is_a_learner(bundle, home, tmp_path):
         learn.model[1][-1].weight.data *= 3
         export_safe(learn, tmp_path/'again')
         assert torch.equal(load_safe(tmp_path/'again').predict(photo)[2], learn.predict(photo)[2]) and not torch.equal(learn.predict(photo)[2], first)
+
+
+def test_calibrate_reads_a_safe_folder_and_writes_one(home, tmp_path, capsys):
+    "With the figures and the predictions that it has for a pickle of the same learner"
+    learn = plain(home, item_tfms=Resize(20))
+    learn.path = tmp_path
+    learn.export('learner.pkl')
+    export_safe(learn, tmp_path/'safe')
+    one, other = (calibrate(tmp_path/name, home/'photos', tmp_path/out) for name, out in (('learner.pkl', 'calibrated.pkl'), ('safe', 'calibrated')))
+    assert one == other
+    new, pickled = load_safe(tmp_path/'calibrated'), load_learner(tmp_path/'calibrated.pkl')
+    files = sorted((home/'photos').rglob('*.png'))
+    with new.no_bar(), pickled.no_bar(): p, q = (v.get_preds(dl=v.dls.test_dl(files))[0] for v in (new, pickled))
+    assert torch.equal(p, q) and new.temperature == pickled.temperature == one['temperature']
+    args = ['calibrate', str(tmp_path/'calibrated'), str(home/'photos'), '--out']
+    assert main([*args, str(tmp_path/'safe')]) == 2 and 'is there already' in capsys.readouterr().err
+    assert main([*args, str(tmp_path/'twice')]) == 0 and f"Learner: {tmp_path/'twice'}" in capsys.readouterr().out
+    assert load_safe(tmp_path/'twice').temperature == pytest.approx(1., abs=.3), "the temperature of a calibrated learner"
+
+
+def test_a_training_says_why_there_is_no_safe_folder(home, tmp_path):
+    run, xb = SimpleNamespace(out=tmp_path), folder_dls(home).one_batch()[:1]
+    note, = _Training.safe(run, own_network(home), xb)
+    assert note.startswith('There is no folder safe beside learner.pkl: A safe file names the network') and not list(tmp_path.iterdir())
+    assert _Training.safe(run, plain(home), xb) == [] and (tmp_path/'safe'/'config.json').exists()
+    assert _Training.safe(run, None, (torch.zeros(2, 3, dtype=torch.long),)) == [] and not (tmp_path/'safe').exists(), "of texts nothing is said"
