@@ -6,7 +6,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/cli.html.md"""
 
 # %% auto #0
 __all__ = ['SHOWN', 'DATA', 'EMBEDDED', 'PARTS', 'IGNORED', 'PACKAGES', 'COMMANDS', 'say', 'refused', 'truth', 'setting',
-           'numbers', 'whole_numbers', 'names', 'add_options', 'add_settings', 'new_folder', 'noted', 'quiet',
+           'numbers', 'rate', 'whole_numbers', 'names', 'add_options', 'add_settings', 'new_folder', 'noted', 'quiet',
            'check_early', 'check_used', 'within', 'compare', 'shown', 'train', 'labels', 'calibrate', 'list_recipes',
            'version_of', 'doctor', 'prepared', 'main']
 
@@ -72,10 +72,12 @@ def numbers(text):
     values = [float(v) for v in text.split(',')]
     return values[0] if len(values) == 1 else values
 
+def rate(text): return text if text == 'find' else float(text)
 def whole_numbers(text): return tuple(int(v) for v in text.split(','))
 def names(text): return tuple(m.strip() for m in text.split(','))
 
-SHOWN = {int: 'N', float: 'X', numbers: 'X,X', whole_numbers: 'N,N', names: 'NAME,NAME', truth: 'yes|no', setting: 'NAME=VALUE', Path: 'PATH', str: 'TEXT'}
+SHOWN = {int: 'N', float: 'X', rate: 'X|find', numbers: 'X,X', whole_numbers: 'N,N', names: 'NAME,NAME', truth: 'yes|no', setting: 'NAME=VALUE',
+         Path: 'PATH', str: 'TEXT'}
 
 def add_options(parser, command):
     "The parameters of a function as arguments; those without a default, and DATA, go by their place"
@@ -139,7 +141,7 @@ def check_early(data, methods, epochs, seeds, bs, size, jobs, valid_pct, lr):
     for name, v, low in (('epochs', epochs, 1), ('seeds', seeds, 1), ('bs', bs, 2), ('size', size, 8), ('jobs', jobs, 1)):
         if v is not None and v < low: raise ValueError(f"{name} must be at least {low}, but got {v}.")
     if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {valid_pct}.")
-    if lr is not None and not lr > 0: raise ValueError(f"lr must be above 0, but got {lr}.")
+    if lr not in (None, 'find') and not lr > 0: raise ValueError(f"lr must be above 0, but got {lr}.")
 
 def check_used(methods, eps, noise, pairs):
     "Refuse an option of `compare` that would have no effect"
@@ -170,7 +172,7 @@ def compare(
     weights:Path=None, # State dict to start from
     pretrained:bool=False, # Start from pretrained weights, which are downloaded once
     bs:int=None, # Batch size (default: 64, or less where that makes fewer than eight batches)
-    lr:float=None, # Highest learning rate (default: what suits the data)
+    lr:rate=None, # Highest learning rate; find: what lr_find suggests for each method (default: what suits the data)
     size:int=None, # Resize images to SIZE by SIZE pixels (default: as they are, of files at most 128)
     ignore:int=None, # Number in the masks of pixels to ignore, such as 255
     delimiter:str=None, # Between several labels in a CSV

@@ -10,6 +10,7 @@ __all__ = ['Comparison']
 # %% ../../nbs/77_compare.comparison.ipynb #f7eafda3
 import json
 import shlex
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -18,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -25,7 +27,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import fit_one_cycle # noqa: F401  (gives the Learner this method)
+from fastai.callback.schedule import valley # (gives the Learner `lr_find` and `fit_one_cycle`, too)
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastprogress import progress_bar
@@ -98,16 +100,36 @@ class Trainings(Question):
         else: shares[train] = np.eye(len(self.vocab))[self.source.labels[train]]
         return shares
 
+    def lr_of(self,
+        method:str # See `learner`
+    )->float: # The one that was given, or the one that is found
+        "The highest learning rate of a method. To be found, and the loss is nan at once: ValueError"
+        if self.lr == 'find' and method not in self.rates: self.rates[method] = self._find_lr(method)
+        return self.rates[method] if self.lr == 'find' else self.lr
+
+    def _find_lr(self, method):
+        "What `lr_find` suggests with the first seed"
+        learn = self.learner(method, self.seed0)
+        with tempfile.TemporaryDirectory() as folder: # where the weights are kept meanwhile
+            learn.path = Path(folder)
+            learn.lr_find(show_plot=False, suggest_funcs=None)
+        lrs,losses = (np.array(v[10:-5]) for v in (learn.recorder.lrs, learn.recorder.losses)) # as fastai cuts them for its suggestions
+        n = np.isfinite(losses).argmin() if not np.isfinite(losses).all() else len(losses)
+        if n < 2: raise ValueError(f"No learning rate can be found for {method}: the loss is nan from the start. Name one with --lr.")
+        return valley(lrs[:n].tolist(), losses[:n].tolist(), n)[0]
+
     def train(self,
         method:str, # See `learner`
         seed:int, # See `learner`
+        lr:float|None=None, # Highest learning rate. None: see `lr_of`
     )->dict: # Logits, labels and item numbers of the validation set, and the losses by epoch
         "Train one method with one seed"
+        if lr is None: lr = self.lr_of(method)
         learn,each = self.learner(method, seed).add_cbs(self.watching),_EachEpoch()
         best = (self.method_of.get(method) or parse_method(method, self.eps, self.noise)).best
         items = np.asarray(self._split(seed)[1])
         with learn.no_logging():
-            learn.fit_one_cycle(self.epochs, self.lr, cbs=[each] if best else None)
+            learn.fit_one_cycle(self.epochs, lr, cbs=[each] if best else None)
             losses = np.array([v[:2] for v in learn.recorder.values], dtype=np.float64) # before the prediction starts a new record
             shown = {}
             if self.kind == 'masks': logits,labels,items,shown = pixels_of(learn, items, seed, set(items[:SHOWN].tolist()))
@@ -139,10 +161,10 @@ def _here(settings, threads, fingerprint):
     if trainings.fingerprint != fingerprint: raise ValueError(f"{trainings.data} has changed since the comparison was started.")
     return trainings
 
-def _train_here(comparison, method, seed, watching):
+def _train_here(comparison, method, seed, lr, watching):
     trainings = _here(*comparison)
     trainings.watching = watching
-    return trainings.train(method, seed)
+    return trainings.train(method, seed, lr)
 
 # %% ../../nbs/77_compare.comparison.ipynb #4ab942d3
 @dataclass
@@ -160,6 +182,7 @@ class Comparison(Trainings):
         with self._folder.claim() if self.out is not None else nullcontext():
             self.rows,self.examples,self.predictions,self.looks = [],{},{} if self.out is None else StoredPredictions(self._stored),self._earlier_looks()
             vars(self).pop('_together', None) # what pictures have kept of an earlier run
+            if self.lr == 'find': self._find_rates(progress)
             runs = [(m, s) for s in self._seeds for m in self.methods]
             bar = progress_bar(range(len(runs))) if progress else range(len(runs))
             for (method, seed), res, _ in zip(runs, self._results(runs, progress), bar):
@@ -174,6 +197,13 @@ class Comparison(Trainings):
                 self._folder.note(looks=[*self.looks, self.seeds])
         return summary
 
+    def _find_rates(self, progress):
+        "The learning rates of all methods, once and for all seeds"
+        if self.out is not None: self.rates = read_config(self.out).get('rates', {})
+        for m in self.methods: self.lr_of(m)
+        if self.out is not None: self._folder.note(rates=self.rates)
+        if progress: print(self._rate(), flush=True)
+
     def _earlier_looks(self):
         "How many seeds the earlier verdicts on these runs had"
         return [] if self.out is None else [k for k in read_config(self.out).get('looks', []) if k != self.seeds]
@@ -187,10 +217,11 @@ class Comparison(Trainings):
                 self.watching = first if run in missing[:1] else ()
                 yield self._keep(self.train(*run), *run) if run in missing else self._stored(*run)
             return
-        settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'jobs'))
+        settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'rates', 'jobs'))
         task = joblib.delayed(_train_here)
         here = settings,self.threads,self.fingerprint
-        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *run, first if run in missing[:1] else ()) for run in missing)
+        tasks = (task(here, *run, self.lr_of(run[0]), first if run in missing[:1] else ()) for run in missing)
+        trained = joblib.Parallel(self.jobs, return_as='generator')(tasks)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind

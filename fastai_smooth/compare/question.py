@@ -66,7 +66,7 @@ class Arguments:
     jobs:int=1 # How many runs at a time, each in a process of its own with its share of the processors (to resume, take as many)
     out:str|None=None # Folder for the results. None: nothing is written
     resume:bool=False # Go on with the run in `out`
-    lr:float|None=None # Highest learning rate. None: what suits the data
+    lr:float|str|None=None # Highest learning rate; 'find': what `lr_find` suggests for each method with the first seed. None: what suits the data
     votes:str|None=None # Between the votes of a CSV, such as 'cat;cat;dog'
     labels:tuple|None=None # Columns of a CSV with counts or probabilities, which are the classes
     ignore:int|None=None # Number in mask files of pixels to be ignored
@@ -74,6 +74,7 @@ class Arguments:
     skip_broken:bool=False # Leave out what cannot be read, rather than raise
     seed0:int=0 # The first seed: another one gives fresh splits, weights and noise, as if nobody had looked before
     rows:list=field(default_factory=list, repr=False) # One dict per finished method and seed
+    rates:dict=field(default_factory=dict, repr=False) # Learning rates that were found, by method
 
     def __post_init__(self):
         self.data = str(self.data)
@@ -96,7 +97,8 @@ class Arguments:
             v = getattr(self, name)
             if v is not None and v < low: raise ValueError(f"{name} must be at least {low}, but got {v}.")
         if not 0 < self.valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {self.valid_pct}.")
-        if self.lr is not None and not self.lr > 0: raise ValueError(f"lr must be above 0, but got {self.lr}.")
+        if isinstance(self.lr, str) and self.lr != 'find': raise ValueError(f"lr must be a number or 'find', but got {self.lr!r}.")
+        if self.lr not in (None, 'find') and not self.lr > 0: raise ValueError(f"lr must be above 0, but got {self.lr}.")
 
     def _read(self):
         "Read the data, and choose what suits them where nobody has"
@@ -177,11 +179,16 @@ class Question(Arguments):
         self.out = Path(self.out)
         self._folder = RunFolder(self.out, self.config, self.resume)
 
+    def _rate(self):
+        if self.lr != 'find': return f'learning rate {self.lr:g}'
+        found = ', '.join(f'{m} {lr:.2g}' for m, lr in self.rates.items())
+        return f'learning rates as found: {found}' if found else 'learning rate to be found for each method'
+
     def describe(self)->str: # A line for each thing
         "What was understood, before anything runs"
         pixels = ', a sample of their pixels' if self.kind == 'masks' else ', by its votes' if self.voted else ''
         size = [f'{self.size} by {self.size} pixels'] if self.size and self.kind in ('images', 'masks') else []
-        training = [self.arch, *size, count(self.epochs, 'epoch'), f'batches of {self.bs}', f'learning rate {self.lr:g}', count(self.seeds, 'seed')]
+        training = [self.arch, *size, count(self.epochs, 'epoch'), f'batches of {self.bs}', self._rate(), count(self.seeds, 'seed')]
         smooths = any(m.smoothing and not m.own_eps for m in self.method_of.values())
         lines = [self.source.describe(*map(self._split, self._seeds)), f"each validation example is scored once{pixels}", ', '.join(training),
                  f"methods: {', '.join(self.methods)}"+(f"; ε = {self.eps:g}" if smooths else '')]

@@ -97,9 +97,9 @@ class Difference:
         return np.sqrt((t**2*np.maximum(self.variance-within, 0.)+z**2*within)*(1/k+self.overlap)+t_examples**2*self.examples)
 
     @property
-    def low(self)->float: return float(self.mean-self.half())
+    def low(self)->float: return max(float(self.mean-self.half()), -1. if self.metric == 'accuracy' else -np.inf)
     @property
-    def high(self)->float: return float(self.mean+self.half())
+    def high(self)->float: return min(float(self.mean+self.half()), 1. if self.metric == 'accuracy' else np.inf)
 
     @property
     def sign(self)->int: # -1, 0 or 1

@@ -5,7 +5,7 @@ times as much, one split for all seeds), written into rows as a comparison has t
 verdict with "better" or "worse" in it. After each share stands its Monte-Carlo error. Then the same for methods that are looked at again with more seeds.
 
 With a folder instead, that of a finished comparison of many seeds, it draws 3, 5, ... of them again and again and prints how often each method is found to
-be better: python tests/benchmarks/verdict.py FOLDER"""
+be better, and what the verdict says of each five seeds that no other five share: python tests/benchmarks/verdict.py FOLDER"""
 import sys
 from pathlib import Path
 
@@ -76,15 +76,22 @@ def power(folder, draws=300):
     rng, runs, examples = np.random.default_rng(0), pd.read_csv(Path(folder)/'runs.csv').to_dict('records'), {}
     for r in runs:
         with np.load(Path(folder)/'predictions'/f"{r['method']}-{r['seed']}.npz") as f: figures, examples[r['method'], r['seed']] = score_all(**f)
-    n_valid, seeds = len(next(iter(examples.values()))['nll_ts']), sorted({r['seed'] for r in runs})
+    n_valid, methods = len(next(iter(examples.values()))['nll_ts']), list(dict.fromkeys(r['method'] for r in runs))
+    seeds = [s for s in sorted({r['seed'] for r in runs}) if sum(r['seed'] == s for r in runs) == len(methods)]
+
+    def signs(some):
+        "What the verdict says of each method, with these seeds alone"
+        e = Evidence([r for s in some for r in runs if r['seed'] == s], 0., examples, 4*n_valid, n_valid)
+        return {(m, figure): int(d[figure].sign) for m, d in e.differences().items() for figure in ('nll_ts', 'accuracy')}
+
     for k in (3, 5, 7, 10):
         if k >= len(seeds): break
-        found = []
-        for _ in range(draws):
-            some = rng.choice(seeds, k, replace=False).tolist()
-            e = Evidence([r for s in some for r in runs if r['seed'] == s], 0., examples, 4*n_valid, n_valid)
-            found.append({m: d['nll_ts'].sign > 0 for m, d in e.differences().items()})
-        for m in found[0]: show(f'{k} of {len(seeds)} seeds: {m} better', [f[m] for f in found])
+        found = [signs(rng.choice(seeds, k, replace=False).tolist()) for _ in range(draws)]
+        for m in methods[1:]: show(f'{k} of {len(seeds)} seeds: {m} better', [f[m, 'nll_ts'] > 0 for f in found])
+    fives = [signs(seeds[i:i+5]) for i in range(0, len(seeds)-4, 5)]
+    for m, figure in fives[0] if fives else ():
+        better, worse = (sum(f[m, figure] == sign for f in fives) for sign in (1, -1))
+        print(f'{len(fives)} times five fresh seeds, {figure}: {m} better {better}, worse {worse}, cannot tell {len(fives)-better-worse}')
 
 
 if __name__ == '__main__':

@@ -119,6 +119,41 @@ def test_a_batch_of_one_is_left_out():
     assert 1437 % 4 == 1 and len(learn.dls.train) == 1437//4
 
 
+def test_a_learning_rate_is_found_for_each_method(tmp_path, monkeypatch):
+    "As lr_find suggests it with the first seed, once, noted in the folder; the trainings are those with this rate"
+    monkeypatch.chdir(tmp_path)
+    settings = dict(methods=('ce', 'mixup'), epochs=1, seeds=1, lr='find', seed0=3)
+    comparison = Comparison('digits', out=tmp_path/'run', **settings)
+    comparison.run(progress=False)
+    rates = read_config(tmp_path/'run')['rates']
+    for method in ('ce', 'mixup'):
+        learn = Comparison('digits', ('ce', 'mixup'), epochs=1).learner(method, 3)
+        learn.path = tmp_path/'here'
+        assert rates[method] == pytest.approx(learn.lr_find(show_plot=False).valley, rel=1e-6)
+        alike = Comparison('digits', ('ce', 'mixup'), epochs=1, lr=rates[method]).train(method, 3)
+        np.testing.assert_array_equal(comparison.predictions[method, 3]['logits'], alike['logits'])
+    assert 'learning rates as found: ce ' in comparison.describe()
+    assert not (tmp_path/'models').exists()
+    page = (tmp_path/'run'/'report.html').read_text(encoding='utf-8')
+    assert 'learning rates as found: ce ' in page and 'All methods have the same epochs. ' in page
+    marked = dict(rates, ce=1e-4) # a rate that no search gives: it is read, not found anew
+    config = read_config(tmp_path/'run')
+    (tmp_path/'run'/'config.json').write_text(json.dumps(config | dict(rates=marked)), encoding='utf-8')
+    again = Comparison('digits', out=tmp_path/'run', resume=True, **settings | dict(seeds=2))
+    again.run(progress=False)
+    assert again.rates == marked and read_config(tmp_path/'run')['rates'] == marked
+    assert 'learning rate to be found' in Comparison('digits', **settings).describe()
+
+
+def test_no_learning_rate_where_the_loss_is_nan(tmp_path):
+    comparison = Comparison('digits', ('ce',), lr='find')
+    network = comparison._network()
+    for p in network.parameters(): torch.nn.init.constant_(p, torch.nan)
+    torch.save(network.state_dict(), tmp_path/'nan.pth')
+    with pytest.raises(ValueError, match='No learning rate can be found for ce'):
+        Comparison('digits', ('ce',), lr='find', weights=str(tmp_path/'nan.pth')).run(progress=False)
+
+
 def test_each_strength_is_a_method():
     both, one = (Comparison('iris', ('ce', 'ls'), eps=eps, epochs=1, seeds=2) for eps in ([.1, .4], .4))
     s = both.run(progress=False)
@@ -140,6 +175,10 @@ def test_mistakes_are_one_line_and_write_nothing(args, words, tmp_path, capsys, 
     except SystemExit as e: code = e.code
     err = capsys.readouterr().err.strip()
     assert code == 2 and words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_learning_rate_is_a_number_or_to_be_found():
+    with pytest.raises(ValueError, match="lr must be a number or 'find', but got 'fast'"): Comparison('iris', lr='fast')
 
 
 def test_empty_strengths():
