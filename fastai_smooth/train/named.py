@@ -8,8 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/train.named.html.md"""
 __all__ = ['OWN', 'FLAG', 'OPTIONS', 'NETWORK', 'is_listed', 'checked_network', 'at_most', 'build_network', 'names_of',
            'head_options', 'unet_options', 'records_of', 'difference', 'network_record']
 
-# %% ../../nbs/86b_train.named.ipynb #83117d6c
-import re
+# %% ../../nbs/86b_train.named.ipynb #3719d840
 import warnings
 from contextlib import contextmanager
 
@@ -25,7 +24,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from ..data import small_convnet, small_segmenter
 from .strict import PICKLED, fields, number, one_of, refuse, several, text, whole
 
-# %% ../../nbs/86b_train.named.ipynb #6700ece5
+# %% ../../nbs/86b_train.named.ipynb #3d1ac5df
 OWN = {'convnet': small_convnet, 'segmenter': small_segmenter}
 
 def is_listed(
@@ -35,13 +34,13 @@ def is_listed(
     "Whether a library lists a network for images under this name. timm's names that lead to files or downloads are not listed"
     if library == 'fastai_smooth': return name in OWN
     if library == 'torchvision': return name in torchvision.models.list_models(module=torchvision.models)
-    return re.fullmatch(r'\w+(\.\w+)?', name) is not None and timm.is_model(name)
+    return timm.is_model(name) and (name in timm.list_models() or name in timm.list_pretrained()) # with a tag behind a dot or not
 
-# %% ../../nbs/86b_train.named.ipynb #908ec641
+# %% ../../nbs/86b_train.named.ipynb #56cadfbd
 FLAG = one_of(True, False)
-OPTIONS = {'own': fields(width=whole(1, 4096)), 'whole': fields(drop_path_rate=number(0, 1)),
+OPTIONS = {'own': fields(width=whole(1, 4096)), 'whole': fields(drop_path_rate=number(0, .999)),
            'vision': fields(concat_pool=FLAG, lin_ftrs=several(whole(1, 2**16), 0, 8), ps=several(number(0, 1), 1, 9), first_bn=FLAG, bn_final=FLAG),
-           'unet': fields(size=several(whole(8, 2**12), 2, 2), self_attention=FLAG, blur=FLAG, last_cross=FLAG)}
+           'unet': fields(size=several(whole(8, 2**11), 2, 2), self_attention=FLAG, blur=FLAG, last_cross=FLAG)}
 NETWORK = fields(library=one_of('timm', 'torchvision', 'fastai_smooth'), arch=text(), form=one_of(*OPTIONS), n_channels=one_of(1, 3),
                  n_classes=whole(1, 10**6), options=lambda value, name: value)
 
@@ -55,7 +54,7 @@ def checked_network(value, name):
     if (form, library) == ('whole', 'torchvision') and spec['n_channels'] != 3: refuse(f'{name}.n_channels', spec['n_channels'], '3 for this network')
     return spec | dict(options=OPTIONS[form](spec['options'], f'{name}.options'))
 
-# %% ../../nbs/86b_train.named.ipynb #a4ebaf2b
+# %% ../../nbs/86b_train.named.ipynb #e0a0a841
 @contextmanager
 def at_most(
     n:int # Numbers
@@ -79,7 +78,9 @@ def build_network(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter('ignore') # fastai passes torchvision an argument under its old name
         if spec['form'] == 'own': return OWN[name](n_in, n_out, **options)
-        if spec['form'] == 'whole' and from_timm: return timm.create_model(name, pretrained=False, in_chans=n_in, num_classes=n_out, **options)
+        if spec['form'] == 'whole' and from_timm:
+            options = {k: v for k, v in options.items() if v} # many networks do not take a rate
+            return timm.create_model(name, pretrained=False, in_chans=n_in, num_classes=n_out, **options)
         if spec['form'] == 'vision' and from_timm: return create_timm_model(name, n_out, pretrained=False, n_in=n_in, init=None, **options)[0]
         arch = torchvision.models.get_model_builder(name)
         if spec['form'] == 'whole': return arch(weights=None, num_classes=n_out)

@@ -72,7 +72,7 @@ def reader_of(tl):
     if steps[-1] is open_image or [*map(_said, steps[-len(OPEN):])] == [*map(_said, OPEN)]: return ReadImage(mode, True)
     return ReadImage(mode, False) if getattr(steps[-1], '__func__', None) is PILImage.create.__func__ else None
 
-# %% ../../nbs/86c_train.reading.ipynb #f6102dd3
+# %% ../../nbs/86c_train.reading.ipynb #1f27dc27
 @dataclass(frozen=True)
 class Known:
     "A transform that can be written down"
@@ -98,9 +98,9 @@ ITEM = {
         fields(size=PAIR, resamples=HOW, method=one_of(ResizeMethod.Squish, ResizeMethod.Crop, ResizeMethod.Pad), pad_mode=PADS)),
     'RandomResizedCrop': Known((RandomResizedCrop,), lambda t: dict(_crop(t), val_xtra=t.val_xtra),
         lambda size, resamples, val_xtra: RandomResizedCrop(tuple(size), resamples=_resamples(resamples), val_xtra=val_xtra),
-        fields(size=PAIR, resamples=HOW, val_xtra=number(0, 10))),
+        fields(size=PAIR, resamples=HOW, val_xtra=number(0, 1))),
     'TestCrop': Known((TestCrop,), lambda t: dict(size=t.size, share=t.share), lambda size, share: TestCrop(size, share),
-        fields(size=SIDE, share=number(.01, 1)))}
+        fields(size=SIDE, share=number(.5, 1)))}
 BATCH = {
     'IntToFloatTensor': Known((IntToFloatTensor,), lambda t: dict(div=t.div), lambda div: IntToFloatTensor(div), fields(div=number(1, 2**16))),
     'AffineCoordTfm': Known((AffineCoordTfm, Flip, Dihedral, Rotate, Zoom, Warp), # aug_transforms: in validation they resize

@@ -7,7 +7,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/train.safe.html.md"""
 # %% auto #0
 __all__ = ['ONE', 'NUMBERS', 'THRESH', 'LOSSES', 'FORMAT', 'VERSION', 'PACKAGES', 'WEIGHTS', 'CONFIG', 'FORMS', 'RECORD',
            'CUT_OFF', 'checked_loss', 'loss_record', 'loss_of', 'read_record', 'file_in', 'read_weights',
-           'with_weights', 'load_safe', 'says', 'compare_loaded', 'versions', 'export_safe']
+           'with_weights', 'load_safe', 'says', 'compare_loaded', 'takes_part', 'versions', 'export_safe']
 
 # %% ../../nbs/86d_train.safe.ipynb #66cc794d
 import copy
@@ -61,7 +61,7 @@ def loss_of(record):
     thresh = record['thresh']
     return BCEWithLogitsLossFlat(thresh=torch.tensor(thresh, dtype=torch.float32) if isinstance(thresh, list) else thresh)
 
-# %% ../../nbs/86d_train.safe.ipynb #7d3c233a
+# %% ../../nbs/86d_train.safe.ipynb #6d8a1e21
 FORMAT,VERSION = 'fastai_smooth learner',1
 PACKAGES = 'fastai_smooth', 'fastai', 'torch', 'torchvision', 'timm', 'safetensors'
 WEIGHTS,CONFIG = 'model.safetensors','config.json'
@@ -79,8 +79,17 @@ def read_record(file):
     if value.get('version') != VERSION or isinstance(value.get('version'), bool):
         raise ValueError(f"{file} has version {value.get('version')!r}, and this package reads version {VERSION}: update fastai_smooth, or export again.")
     record = RECORD(value, Path(file).name)
-    named,told = len(record['reading']['vocab']),record['network']['n_classes']
-    if named != told: raise ValueError(f"{file} names {named} classes, but its network tells {told} apart: export it again.")
+    network,reading = record['network'],record['reading']
+    named,told = len({(type(v), v) for v in reading['vocab']}),network['n_classes']
+    if not named == len(reading['vocab']) == told: raise ValueError(f"{file} names {named} classes, but its network tells {told} apart: export it again.")
+    n = dict(RGB=3, L=1)[reading['mode']]
+    if network['n_channels'] != n: raise ValueError(f"{file} reads images of mode {reading['mode']}, but its network has {network['n_channels']} channels.")
+    each = [s['temperature'] for s in record['scales']]+[record['temperature'], record['loss'].get('thresh')]
+    wrong = next((len(v) for v in each if isinstance(v, list) and len(v) != told), None)
+    if wrong is not None: raise ValueError(f"{file} has {wrong} temperatures or thresholds for {told} classes: there must be one, or one for each class.")
+    stats = next((s['args'] for s in reading['batch'] if s['name'] == 'Normalize'), dict(mean=[0]*n, std=[1]*n))
+    if not len(stats['mean']) == len(stats['std']) in (1, n):
+        raise ValueError(f"{file} normalises by {len(stats['mean'])} means and {len(stats['std'])} deviations, but its images have {n} channels.")
     return record
 
 def file_in(folder, name):
@@ -91,7 +100,7 @@ def file_in(folder, name):
     if not file.resolve().is_relative_to(home): raise ValueError(f"{file} is a link out of its folder, to {file.resolve()}: copy the file.")
     return file
 
-# %% ../../nbs/86d_train.safe.ipynb #9310d6a0
+# %% ../../nbs/86d_train.safe.ipynb #6b9504c7
 CUT_OFF = 2**28 # numbers of layers that are built and taken away
 
 def read_weights(file):
@@ -104,7 +113,10 @@ def with_weights(spec, tensors, file):
     sides = {n for t in tensors.values() for n in t.shape}
     for n in (spec['n_classes'], *spec['options'].get('lin_ftrs', ()), spec['options'].get('width', spec['n_classes'])):
         if n not in sides: raise ValueError(f"The network {spec['arch']!r} is to have a layer of {n}, but {file} has no tensor with such a side.")
-    with at_most(sum(t.numel() for t in tensors.values())+CUT_OFF): model = build_network(spec)
+    try:
+        with at_most(sum(t.numel() for t in tensors.values())+CUT_OFF): model = build_network(spec)
+    except Exception as e: # whatever a network raises at arguments that are not its own
+        raise ValueError(f"The network {spec['arch']!r} cannot be built with {spec['options']}: {e}") from None
     wanted = {k: (tuple(v.shape), v.dtype) for k, v in model.state_dict().items()}
     there = {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()}
     wrong = next((k for k in {**wanted, **there} if wanted.get(k) != there.get(k)), None)
@@ -130,7 +142,7 @@ def load_safe(
     learn.arch = record['network']['arch']
     return learn
 
-# %% ../../nbs/86d_train.safe.ipynb #f33891b5
+# %% ../../nbs/86d_train.safe.ipynb #e05f039c
 def says(learn, model, xb):
     "Probabilities and decisions of a batch"
     with torch.no_grad(): z = model.cpu().eval()(xb)
@@ -139,6 +151,7 @@ def says(learn, model, xb):
 
 def compare_loaded(learn, new, images, xb):
     "A loaded learner that does not predict as the one that was exported: ValueError"
+    new.dls.to(learn.dls.device or 'cpu') # another device may round otherwise
     theirs = new.dls.test_dl(images, bs=2).one_batch()[0].cpu()
     if theirs.shape != xb.shape or not torch.equal(theirs, xb):
         raise ValueError(f"Loaded again, the learner reads other pixels than this one: one of its transforms was changed. {PICKLED}")
@@ -146,6 +159,11 @@ def compare_loaded(learn, new, images, xb):
         if mine.shape != other.shape or not torch.equal(mine, other.to(mine.dtype)):
             raise ValueError(f"Loaded again, the learner gives other {what} than this one: its network or its loss was changed in a way that neither names "
                              f"nor weights show. {PICKLED}")
+
+def takes_part(cb):
+    "Whether a callback, neither fastai's nor ours, may change what is predicted"
+    known = type(cb).__module__.partition('.')[0] in ('fastai', 'fastai_smooth')
+    return not known and cb.run_valid and any(hasattr(cb, event) for event in ('before_batch', 'after_pred', 'before_validate'))
 
 def versions()->dict: # Names of packages to texts
     "The versions that a safe file and a card tell"
@@ -158,6 +176,8 @@ def export_safe(
     "Write a learner as weights and JSON. What it cannot say so: ValueError that tells what, and nothing is written"
     path = Path(path)
     if path.exists(): raise ValueError(f"{path} is there already: name another folder.")
+    mingles = next((cb for cb in learn.cbs if takes_part(cb)), None)
+    if mingles is not None: raise ValueError(f"A safe file has no callbacks, but {type(mingles).__name__} takes part in predictions. {PICKLED}")
     reading,images,xb = reading_record(learn)
     model,scales = learn.model,[]
     while isinstance(model, ScaledModel):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.data.block import CategoryBlock, DataBlock, RegressionBlock
 from fastai.data.core import Datasets
 from fastai.data.transforms import Categorize, IntToFloatTensor, get_image_files
@@ -204,6 +205,16 @@ def hooked(home):
 def twice(module, args, out): return 2*out
 
 
+class Louder(Callback):
+    def after_pred(self): self.learn.pred = 2*self.pred
+
+
+def with_callback(home):
+    learn = plain(home)
+    learn.add_cb(Louder())
+    return learn
+
+
 def halved(home):
     learn = plain(home)
     learn.model.half()
@@ -216,7 +227,7 @@ def halved(home):
     (own_loss, 'not those of MultiLabelSmoothingCrossEntropy'), (torchs_loss, r'not those of CrossEntropyLoss\(\)'),
     (text, 'inputs of this learner come from .*CachedTokenizer'), (numbers, 'the targets of this learner are'),
     (rows, "data from fastai's blocks with one image"), (hooked, 'gives other probabilities'),
-    (halved, 'torch.float16')])
+    (with_callback, 'Louder takes part in predictions'), (halved, 'torch.float16')])
 def test_what_cannot_be_written_is_refused_in_words(make, words, home, tmp_path):
     with pytest.raises(ValueError, match=words) as e: export_safe(make(home), tmp_path/'safe')
     assert 'learn.export' in str(e.value) and not list(tmp_path.iterdir())
@@ -253,7 +264,8 @@ def changed(bundle, tmp_path):
     ('weights', '../x', "nothing else, but is 'weights'"),
     ('network.arch', 'os.system', "network.arch must be the name of an image network that timm lists here, but is 'os.system'"),
     ('network.arch', 'hf-hub:timm/resnet18', 'network.arch must be'), ('network.arch', 'local-dir:/tmp', 'network.arch must be'),
-    ('network.arch', '../resnet18', 'network.arch must be'), ('network.arch', ['resnet18'], 'network.arch must be a text'),
+    ('network.arch', '../resnet18', 'network.arch must be'), ('network.arch', 'test_resnet.evil', 'network.arch must be'),
+    ('network.arch', ['resnet18'], 'network.arch must be a text'),
     ('network.arch', 'resnet18', 'The tensor .* of .* is'), ('network.library', 'os', "one of 'timm', 'torchvision', 'fastai_smooth', but is 'os'"),
     ('network.library', 'fastai_smooth', 'network.arch must be'), ('network.form', 'unet', 'network.form must be a form that networks of timm have'),
     ('network.form', '__class__', 'network.form must be one of'), ('network.options.custom_head', 'x', "but is 'custom_head'"),
@@ -261,7 +273,11 @@ def changed(bundle, tmp_path):
     ('network.options.lin_ftrs', [60000], 'no tensor with such a side'),
     ('network.n_classes', 11, 'names 10 classes, but its network tells 11 apart'), ('network.n_classes', 2.5, 'a whole number'),
     ('network.n_channels', 4, 'n_channels must be one of 1, 3'), ('reading.vocab', [], 'vocab must be a list of 1 to 1000000'),
-    ('reading.vocab.3', {'a': 1}, r'vocab\[3\] must be'),
+    ('reading.vocab.3', {'a': 1}, r'vocab\[3\] must be'), ('reading.vocab.3', '0', 'names 9 classes, but its network'),
+    ('reading.mode', 'L', 'reads images of mode L, but its network has 3 channels'),
+    ('temperature', [1., 2.], 'has 2 temperatures or thresholds for 10 classes'),
+    ('reading.batch', [dict(name='Normalize', args=dict(mean=[0., 0.], std=[1., 1.]))], 'normalises by 2 means'),
+    ('network', dict(library='timm', arch='vgg11', form='whole', n_channels=3, n_classes=10, options=dict(drop_path_rate=.5)), "'vgg11' cannot be built"),
     ('reading.item.0.name', 'eval', "name must be one of 'Resize'"),
     ('reading.item.0.args.size', [10**7, 4], r'size\[0\] must be a whole number from 1 to 4096'),
     ('reading.item.0.args.method', 'exec', "method must be one of 'squish', 'crop', 'pad'"), ('reading.batch.0.args.div', 0, 'div must be a number from 1'),
