@@ -131,7 +131,7 @@ def records_of(learn, model, n_channels, n_classes, size):
     else: form,options = 'whole',dict(drop_path_rate=max((float(m.drop_prob) for m in model.modules() if isinstance(m, timm.layers.DropPath)), default=0.))
     return [dict(library=library, arch=name, form=form, **sizes, options=options) for library, name in names]
 
-# %% ../../nbs/86b_train.named.ipynb #bf4b92ae
+# %% ../../nbs/86b_train.named.ipynb #7e85e877
 def difference(
     model:nn.Module, # One network
     other:nn.Module, # Another one
@@ -155,8 +155,9 @@ def network_record(
     "What a network is called, and its arguments. One that is not on the lists, or was changed: ValueError"
     found = []
     for spec in records_of(learn, model, n_channels, n_classes, size):
-        other = difference(model, build_network(checked_network(spec, 'network')))
+        other = difference(model, build_network(spec))
         if other is None: return spec
         found.append(f"against {spec['arch']} of {spec['library']}, {other}")
+    why = ': '*bool(found)+'; '.join(found)
     raise ValueError(f"A safe file names the network, and this {type(model).__name__} is none that torchvision or timm lists, as it is or through "
-                     f"vision_learner or unet_learner, and none of this package{': ' if found else ''}{'; '.join(found)}. {PICKLED}")
+                     f"vision_learner or unet_learner, and none of this package{why}. If it is one, set learn.arch to its name. {PICKLED}")

@@ -61,7 +61,7 @@ def loss_of(record):
     thresh = record['thresh']
     return BCEWithLogitsLossFlat(thresh=torch.tensor(thresh, dtype=torch.float32) if isinstance(thresh, list) else thresh)
 
-# %% ../../nbs/86d_train.safe.ipynb #6d8a1e21
+# %% ../../nbs/86d_train.safe.ipynb #1606e18c
 FORMAT,VERSION = 'fastai_smooth learner',1
 PACKAGES = 'fastai_smooth', 'fastai', 'torch', 'torchvision', 'timm', 'safetensors'
 WEIGHTS,CONFIG = 'model.safetensors','config.json'
@@ -78,7 +78,8 @@ def read_record(file):
         raise ValueError(f"{file} is not of export_safe: its format is {said!r}, and not {FORMAT!r}. Name a folder that export_safe has written.")
     if value.get('version') != VERSION or isinstance(value.get('version'), bool):
         raise ValueError(f"{file} has version {value.get('version')!r}, and this package reads version {VERSION}: update fastai_smooth, or export again.")
-    record = RECORD(value, Path(file).name)
+    try: record = RECORD(value, Path(file).name)
+    except ValueError as e: raise ValueError(f"{e} {file} was damaged or changed, or is of another program: write it again with export_safe.") from None
     network,reading = record['network'],record['reading']
     named,told = len({(type(v), v) for v in reading['vocab']}),network['n_classes']
     if not named == len(reading['vocab']) == told: raise ValueError(f"{file} names {named} classes, but its network tells {told} apart: export it again.")
@@ -142,7 +143,7 @@ def load_safe(
     learn.arch = record['network']['arch']
     return learn
 
-# %% ../../nbs/86d_train.safe.ipynb #e05f039c
+# %% ../../nbs/86d_train.safe.ipynb #c717618e
 def says(learn, model, xb):
     "Probabilities and decisions of a batch"
     with torch.no_grad(): z = model.cpu().eval()(xb)
@@ -187,6 +188,8 @@ def export_safe(
     t = getattr(learn, 'temperature', None)
     record = dict(format=FORMAT, version=VERSION, network=network, reading=reading, loss=loss_record(learn.loss_func), scales=scales,
                   temperature=t.tolist() if isinstance(t, Tensor) else t, versions=versions())
+    try: RECORD(json.loads(json.dumps(record)), 'The record')
+    except ValueError as e: raise ValueError(f"A safe file cannot hold this learner: {e} {PICKLED}") from None
     part = path.with_name(f'{path.name}.part')
     shutil.rmtree(part, ignore_errors=True) # of an export that was interrupted
     part.mkdir(parents=True)

@@ -14,14 +14,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-# %% ../../nbs/86a_train.strict.ipynb #bff45254
+# %% ../../nbs/86a_train.strict.ipynb #73d53255
 PICKLED = 'Use learn.export, which is a pickle.' # what to do with a learner that cannot be written
 
 def refuse(name, value, wanted):
     "The error for a value that does not belong at its place"
     shown = repr(value)
-    raise ValueError(f"{name} must be {wanted}, but is {shown if len(shown) <= 80 else shown[:77]+'...'}: the file was damaged or changed, or is of another "
-                     "program. Write it again with export_safe.")
+    raise ValueError(f"{name} must be {wanted}, but is {shown if len(shown) <= 80 else shown[:77]+'...'}.")
 
 def whole(low, high)->Callable:
     "A whole number from `low` to `high`"

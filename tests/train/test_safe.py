@@ -215,6 +215,9 @@ def with_callback(home):
     return learn
 
 
+def with_a_spread_of_zero(home): return plain(home, batch_tfms=[Normalize.from_stats([0., 0., 0.], [0., 1., 1.])])
+
+
 def halved(home):
     learn = plain(home)
     learn.model.half()
@@ -227,6 +230,7 @@ def halved(home):
     (own_loss, 'not those of MultiLabelSmoothingCrossEntropy'), (torchs_loss, r'not those of CrossEntropyLoss\(\)'),
     (text, 'inputs of this learner come from .*CachedTokenizer'), (numbers, 'the targets of this learner are'),
     (rows, "data from fastai's blocks with one image"), (hooked, 'gives other probabilities'),
+    (with_a_spread_of_zero, r'cannot hold this learner: The record.reading.batch\[1\].args.std\[0\] must be a number'),
     (with_callback, 'Louder takes part in predictions'), (halved, 'torch.float16')])
 def test_what_cannot_be_written_is_refused_in_words(make, words, home, tmp_path):
     with pytest.raises(ValueError, match=words) as e: export_safe(make(home), tmp_path/'safe')
