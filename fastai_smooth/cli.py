@@ -22,10 +22,12 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from fastcore.docments import docments
 
@@ -231,13 +233,14 @@ def train(
         recipe,data = recipe or then['recipe'],data if data is not None else then['data']
         was = find(recipe).settings
         changes = {**{k: v for k, v in then['settings'].items() if k in was and v != (list(was[k]) if isinstance(was[k], tuple) else was[k])}, **changes}
-    find(recipe).changed(changes)
+    find(recipe).changed(changes) # type: ignore[arg-type] # `main` refuses none
     if data is not None and not Path(data).exists() and data not in EMBEDDED: raise ValueError(f"{data} is not a folder, and no file: name one that is there.")
     quiet(threads)
     from fastai_smooth.train import train as run
     summary = run(recipe, data, out, resume, **changes)
-    found = {name: out/file for name, file in dict(Learner='learner.pkl', Safe='safe', Report='report.html', Card='README.md').items() if (out/file).exists()}
-    print(f"\n{shown(summary)}\n\n" + '\n'.join(f'{name}: {file}' for name, file in found.items()))
+    folder = Path(out) # type: ignore[arg-type] # `main` names a folder where nobody has
+    found = {name: folder/file for name, file in dict(Learner='learner.pkl', Safe='safe', Report='report.html', Card='README.md').items()}
+    print(f"\n{shown(summary)}\n\n" + '\n'.join(f'{name}: {file}' for name, file in found.items() if file.exists()))
     return 0
 
 def labels(
@@ -322,13 +325,13 @@ def doctor()->int: # Exit code: 0
     devices = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count())), *(['mps'] if torch.backends.mps.is_available() else [])]
     for device in devices:
         logits = torch.zeros(2, 3, device=device, requires_grad=True)
-        loss = smooth_cross_entropy(logits, torch.zeros(2, dtype=torch.long, device=device))
+        loss:Any = smooth_cross_entropy(logits, torch.zeros(2, dtype=torch.long, device=device))
         name = torch.cuda.get_device_name(device) if device.startswith('cuda') else device
         print(f'{device}: {name}, smoothed cross entropy by {loss.grad_fn.name()}')
     return 0
 
 # %% ../nbs/90_cli.ipynb #55ee5df0
-COMMANDS = {'compare': compare, 'train': train, 'labels': labels, 'calibrate': calibrate, 'list': list_recipes, 'doctor': doctor}
+COMMANDS:dict[str,Callable] = {'compare': compare, 'train': train, 'labels': labels, 'calibrate': calibrate, 'list': list_recipes, 'doctor': doctor}
 
 def _parser(only_given=False):
     "The parser of all commands; with `only_given` it leaves out what nobody has typed"

@@ -12,8 +12,10 @@ import copy
 import random
 import warnings
 from collections import namedtuple
+from collections.abc import Iterable
 from contextlib import contextmanager
 from numbers import Integral, Real
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -213,7 +215,8 @@ def train_each(
     n_body,reason,settings = frozen_part(learn.model),against_one_pass(learn, dist),smoothing_settings(learn, dist)
     if n_body and reason: print(f"{reason}, so every strength is trained on its own rather than all in one pass.")
     runs = [strengths] if n_body and not reason else [[e] for e in strengths]
-    randomness,together,collected = _Randomness(learn.dls),len(runs) < len(strengths),[]
+    randomness,together = _Randomness(learn.dls),len(runs) < len(strengths)
+    collected:list = []
     try:
         check_smoothing(learn, max(strengths), dist, settings)
         with advancing(learn, len(runs)*n_epoch*(len(learn.dls.train)+len(learn.dls.valid))) as bar:
@@ -311,8 +314,8 @@ class SuggestedEps(namedtuple('SuggestedEps', 'best table')):
     "What `Learner.eps_find` returns: the best strength, and a row of figures for each. `recommended` is the strength to use, which may be 0"
     recommended = None
     def plot(self,
-        axs=None # Three axes to draw in
-    ): # The axes
+        axs:Any=None # Three axes to draw in
+    )->np.ndarray: # The axes
         "Accuracy, and NLL and ECE after temperature, against the strength, with 95% intervals; the recommended strength is filled"
         if axs is None: axs = plt.subplots(1, 3, figsize=(10, 2.8), layout='constrained')[1]
         for ax, name in zip(axs, ('accuracy', 'nll_ts', 'ece_ts')):
@@ -344,8 +347,8 @@ def is_untrained(learn, act):
 # %% ../../nbs/65_calibration.eps_find.ipynb #cb2a28b6
 @patch
 def eps_find(self:Learner,
-    eps=(0, .02, .05, .1, .2, .3, .5), # Strengths to try, in [0, 1]
-    dist=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+    eps:Iterable[float]=(0, .02, .05, .1, .2, .3, .5), # Strengths to try, in [0, 1]
+    dist:Distribution|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
     metric:str='nll_ts', # What decides: accuracy, nll, ece, or nll_ts and ece_ts after temperature
     n_epoch:int=1, # Epochs of each training
     show_plot:bool=True, # Whether to draw the figures

@@ -8,10 +8,11 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/train.card.html.md"""
 __all__ = ['KINDS', 'SHOWN', 'WHEN', 'REPO', 'summary_of', 'head_of', 'figures_table', 'settings_table', 'limits_of',
            'model_card', 'hub_package', 'push_to_hub']
 
-# %% ../../nbs/87a_train.card.ipynb #3cee0c74
+# %% ../../nbs/87a_train.card.ipynb #034f7ed8
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from ..run_folder import write_text
 from .registry import recipe
@@ -67,9 +68,9 @@ def limits_of(s):
     else: limits.append("Its temperature was fitted on the validation set. The figures after temperature are of examples that it was not fitted to, by turns.")
     return '\n'.join(f'- {line}' for line in [*limits, *s.get('notes', ())])
 
-# %% ../../nbs/87a_train.card.ipynb #6dcb67f3
+# %% ../../nbs/87a_train.card.ipynb #1436addd
 def model_card(
-    run, # Folder of a finished training
+    run:str|Path, # Folder of a finished training
 )->Path: # Of the card, `README.md` in that folder
     "Write the model card of a run from what it has measured; no network is needed. A folder that holds no finished training: ValueError"
     run = Path(run)
@@ -128,7 +129,7 @@ Versions: {', '.join(f'{k} {v}' for k, v in versions.items()) or 'not noted'}.
     write_text(run/'README.md', text)
     return run/'README.md'
 
-# %% ../../nbs/87a_train.card.ipynb #05daeb52
+# %% ../../nbs/87a_train.card.ipynb #2af1afba
 def hub_package():
     "The package huggingface_hub. Not installed: ImportError that says how to install it"
     try: import huggingface_hub
@@ -136,11 +137,11 @@ def hub_package():
     return huggingface_hub
 
 def push_to_hub(
-    run, # Folder of a finished training
+    run:str|Path, # Folder of a finished training
     repo_id:str, # Such as 'name/digits'
     private:bool=True, # Whether a new repository is; one that is there stays as it is
     pickles:bool=False, # Also `learner.pkl`, which runs code where it is loaded
-    api=None, # With `create_repo` and `create_commit`, such as `HfApi(token=...)`. None: huggingface_hub's own
+    api:Any=None, # With `create_repo` and `create_commit`, such as `HfApi(token=...)`. None: huggingface_hub's own
 )->str: # Address of the repository
     "Upload the safe folder and the card of a run. One without a safe folder, unless pickles are asked for: ValueError"
     run = Path(run)

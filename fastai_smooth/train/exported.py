@@ -12,6 +12,7 @@ __all__ = ['IGNORED', 'read_learner', 'write_learner', 'write_safe', 'Ignored', 
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,7 +59,7 @@ def write_safe(
     learn, # fastai `Learner` of images
     path, # Folder to be written
     xb:tuple, # Inputs of a batch
-): # The folder
+)->Path: # The folder
     "Write the safe folder of the learner that `write_learner` exports: the same network, with the temperature in its last layer"
     new = copy.copy(learn)
     new.model = folded(learn.model, xb) if isinstance(learn.model, ScaledModel) else learn.model
@@ -183,9 +184,9 @@ def figures_of(
     return dict(as_trained=predictions.figures(), after_temperature=after.figures(), notes=notes)
 
 def calibrate(
-    learner, # File of an exported learner, a pickle, which runs code: only files that you trust; or a safe folder
-    data, # Held out: a folder of images in classes, or of images and masks; a CSV of files, texts or rows with labels; or a DataFrame as in training
-    out, # File for the calibrated learner; of a safe folder, another one
+    learner:str|Path, # File of an exported learner, a pickle, which runs code: only files that you trust; or a safe folder
+    data:Any, # Held out: a folder of images in classes, or of images and masks; a CSV of files, texts or rows with labels; or a DataFrame as in training
+    out:str|Path, # File for the calibrated learner; of a safe folder, another one
     delimiter:str|None=None, # Between several labels in a CSV
     ignore:int|None=None, # Number in the masks of pixels to be ignored
 )->dict: # temperature, and figures before and after

@@ -127,9 +127,9 @@ def with_weights(spec, tensors, file):
     model.load_state_dict(tensors)
     return model
 
-# %% ../../nbs/86d_train.safe.ipynb #fa2d329f
+# %% ../../nbs/86d_train.safe.ipynb #7d6ca962
 def load_safe(
-    path # Folder that `export_safe` has written, also one from somebody whom you don't know
+    path:str|Path, # Folder that `export_safe` has written, also one from somebody whom you don't know
 )->Learner: # On the CPU, without data: `predict`, and `get_preds` of `dls.test_dl`, take files, arrays and PIL images
     "Build a learner from a safe folder, without unpickling, importing or downloading anything. Whatever is wrong with it: ValueError"
     path = Path(path)
@@ -143,7 +143,7 @@ def load_safe(
     learn.arch = record['network']['arch']
     return learn
 
-# %% ../../nbs/86d_train.safe.ipynb #c717618e
+# %% ../../nbs/86d_train.safe.ipynb #c487090d
 def says(learn, model, xb):
     "Probabilities and decisions of a batch"
     with torch.no_grad(): z = model.cpu().eval()(xb)
@@ -172,7 +172,7 @@ def versions()->dict: # Names of packages to texts
 
 def export_safe(
     learn:Learner, # Of images, from a recipe, `vision_learner`, `unet_learner`, or with a network of torchvision or timm; perhaps calibrated
-    path, # Folder to be written
+    path:str|Path, # Folder to be written
 )->Path: # The folder, with `model.safetensors` and `config.json`
     "Write a learner as weights and JSON. What it cannot say so: ValueError that tells what, and nothing is written"
     path = Path(path)
@@ -180,7 +180,8 @@ def export_safe(
     mingles = next((cb for cb in learn.cbs if takes_part(cb)), None)
     if mingles is not None: raise ValueError(f"A safe file has no callbacks, but {type(mingles).__name__} takes part in predictions. {PICKLED}")
     reading,images,xb = reading_record(learn)
-    model,scales = learn.model,[]
+    model = learn.model
+    scales:list[dict] = []
     while isinstance(model, ScaledModel):
         scales.insert(0, dict(temperature=model.temperature.tolist(), form=model.form, axis=model.axis))
         model = model.model
