@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -32,7 +33,7 @@ from typing import Any
 from fastcore.docments import docments
 
 from . import __version__
-from .run_folder import RUNS, read_config, write_text
+from .run_folder import RUNS, RunFolder, read_config, write_text
 from .train import recipe as find, recipes
 
 # %% ../nbs/90_cli.ipynb #c329e058
@@ -133,14 +134,19 @@ def quiet(threads=None):
     warnings.filterwarnings('ignore', message=IGNORED)
     warnings.formatwarning = lambda message, category, *args: f"{category.__name__.replace('UserWarning', 'note')}: {message}\n" # without the line of code
 
-def check_early(data, methods, epochs, seeds, bs, size, jobs, valid_pct, lr):
+def check_early(data, methods, epochs, seeds, seed0, bs, size, jobs, valid_pct, lr, pairs, weights, **in_csv):
     "What can be said of the arguments of `compare` without loading anything"
     if data not in EMBEDDED and not Path(data).exists():
         raise ValueError(f"Unknown data set {data!r}: use one of {', '.join(EMBEDDED)}, a folder of class folders, or a CSV of files and labels.")
     for method in methods or ():
         wrong = next((p for p in method.partition('~')[0].partition('@')[0].split('+') if p not in PARTS), None)
         if wrong is not None: raise ValueError(f"Unknown method {method!r}: use parts of {', '.join(PARTS)}, joined by +, such as mixup+ls.")
-    for name, v, low in (('epochs', epochs, 1), ('seeds', seeds, 1), ('bs', bs, 2), ('size', size, 8), ('jobs', jobs, 1)):
+    if pairs and (not re.fullmatch(r'\d+:\d+(,\d+:\d+)*', pairs) or re.search(r'\b(\d+):\1\b', pairs)):
+        raise ValueError(f"pairs must be class numbers such as 4:9,9:4, a class with another one, but got {pairs!r}.")
+    if weights and not weights.is_file(): raise ValueError(f"--weights {weights} is no file: name one with a state dict.")
+    for name, v in in_csv.items():
+        if v and data in EMBEDDED: raise ValueError(f"--{name} is for a CSV, but {data} is none: leave it out.")
+    for name, v, low in (('epochs', epochs, 1), ('seeds', seeds, 1), ('seed0', seed0, 0), ('bs', bs, 2), ('size', size, 8), ('jobs', jobs, 1)):
         if v is not None and v < low: raise ValueError(f"{name} must be at least {low}, but got {v}.")
     if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {valid_pct}.")
     if lr not in (None, 'find') and not lr > 0: raise ValueError(f"lr must be above 0, but got {lr}.")
@@ -184,16 +190,18 @@ def compare(
     skip_broken:bool=False, # Leave out files and rows that cannot be read
     valid_pct:float=.2, # Share of the validation set, where the data don't say which it is
     jobs:int=1, # How many runs at a time
-    threads:int=None, # Of the CPU (default: OMP_NUM_THREADS, else all)
+    threads:int=None, # Of the CPU (default: OMP_NUM_THREADS, else 1 or all, whichever trains a batch faster)
     out:Path=None, # Folder for the results (default: a new one in fastai_smooth_runs)
     resume:bool=False, # Go on with the run in --out; other arguments are those of that run
 )->int: # Exit code: 0, or 2 for a mistake in the arguments
     "Methods side by side over seeds, before and after temperature scaling: does smoothing help on your data?"
     arguments = {k: v for k, v in locals().items() if k not in ('threads', 'out', 'resume')}
-    check_early(data, methods, epochs, seeds, bs, size, jobs, valid_pct, lr)
+    in_csv = dict(delimiter=delimiter, target=target, votes=votes, labels=labels)
+    check_early(data, methods, epochs, seeds, seed0, bs, size, jobs, valid_pct, lr, pairs, weights, **in_csv)
     within(eps, 'eps', 1, True)
     within(noise, 'noise', 1, False)
     check_used(methods, eps, noise, pairs)
+    if out is not None: RunFolder(out, {}, resume=True) # whatever runs there: what else it may be is refused before anything is loaded
     quiet(threads)
     from fastai_smooth.compare import Comparison, table
     comparison = Comparison(**{**arguments, 'weights': weights and str(weights)}, out=out, resume=resume)
@@ -235,6 +243,7 @@ def train(
         changes = {**{k: v for k, v in then['settings'].items() if k in was and v != (list(was[k]) if isinstance(was[k], tuple) else was[k])}, **changes}
     find(recipe).changed(changes) # type: ignore[arg-type] # `main` refuses none
     if data is not None and not Path(data).exists() and data not in EMBEDDED: raise ValueError(f"{data} is not a folder, and no file: name one that is there.")
+    if out is not None: RunFolder(out, {}, resume=True)
     quiet(threads)
     from fastai_smooth.train import train as run
     summary = run(recipe, data, out, resume, **changes)
@@ -357,6 +366,8 @@ def main(
     argv:list|None=None # Arguments; those of the process if None
 )->int: # Exit code
     "Run the command `fastai-smooth`. Of several processes rank 0 prints"
+    for stream in (sys.stdout, sys.stderr): # what an encoding does not know, such as ε in a file on Windows, is no reason to stop
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
     with redirect_stdout(io.StringIO()) if int(os.environ.get('RANK', 0)) else nullcontext():
         parser = _parser()
         args = vars(parser.parse_args(argv))

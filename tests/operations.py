@@ -21,12 +21,14 @@ DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 # Checks that are made in some dtypes only, and why
 ONLY = {'gradcheck': ((torch.float64,), 'finite differences need double precision'),
         'gradgradcheck': ((torch.float64,), 'finite differences need double precision'),
+        'vmap': ((torch.float64, torch.bfloat16), SAME := 'single precision goes through the lines of double, and float16 through those of bfloat16'),
+        'strides': ((torch.float64, torch.bfloat16), SAME),
         'compile': ((torch.float32,), 'a graph takes half a second to trace, and goes through the same lines for each dtype'),
         'deepcopy': ((torch.float32,), 'a copy does not know the dtype of later inputs'),
         'pickle': ((torch.float32,), 'a pickle does not know the dtype of later inputs'),
         'meta': ((torch.bfloat16,), 'without values there are shapes and dtypes, and half precision is where the dtype changes')}
 NOT_TRACED = ('a graph takes half a second to trace: one for each operation, of index targets, and more for those whose path depends on the target; '
-              'none for a second name, other dimensions, and the references, which are what a compiled function becomes')
+              'none for a second name, other settings of the same lines, and the references, which are what a compiled function becomes')
 
 
 def labels(n, space, device):
@@ -111,22 +113,23 @@ OPERATIONS = [
        skips={('gradcheck', 'index'): NO_FLOATS, ('gradgradcheck', 'index'): NO_FLOATS}),
     Op('smooth_binary', partial(targets.smooth_binary, eps=EACH), ('learnt',), 'none', graphs=('learnt',)),
     Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=.1), graphs=('index', 'learnt', 'mixed')),
-    Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=torch.tensor(EACH), weight=torch.tensor(WEIGHT), reduction='none'), grid='each'),
+    Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=torch.tensor(EACH), weight=torch.tensor(WEIGHT), reduction='none'), grid='each',
+       graphs=()),
     Op('smooth_cross_entropy', partial(kernels.smooth_cross_entropy, eps=.1, axis=1, reduction='sum'), space=(2,), grid='masks', graphs=()),
     Op('smooth_cross_entropy_reference', partial(kernels.smooth_cross_entropy_reference, eps=.1), graphs=()),
     Op('smooth_binary_cross_entropy', partial(kernels.smooth_binary_cross_entropy, eps=.1), BINARY, graphs=('index', 'labels', 'mixed')),
     Op('smooth_binary_cross_entropy_reference', partial(kernels.smooth_binary_cross_entropy_reference, eps=.1), BINARY, graphs=()),
     Op('smooth_linear_cross_entropy', partial(kernels.smooth_linear_cross_entropy, eps=.1, chunk=2), inputs='head'),
     Op('LabelSmoothingCrossEntropy', CE(.1)),
-    Op('LabelSmoothingCrossEntropy', CE(.1, WEIGHT, weight_by='example', convention='others'), grid='example'),
+    Op('LabelSmoothingCrossEntropy', CE(.1, WEIGHT, weight_by='example', convention='others'), grid='example', graphs=()),
     Op('LabelSmoothingCrossEntropy', CE(EACH, dist=ClassPrior([1, 2, 3, 4])), grid='prior'),
     Op('LabelSmoothingCrossEntropy', CE(.1, dist=.5*Taxonomy(['x/a', 'x/b', 'y/c', 'z']) + .5*Zipf()), grid='sum', graphs=('index', 'mixed')),
     Op('LabelSmoothingCrossEntropyFlat', losses.LabelSmoothingCrossEntropyFlat(.1, axis=1), space=(2,), graphs=()),
     Op('LabelSmoothingNLL', losses.LabelSmoothingNLL(.1), inputs='log_probs'),
     Op('LabelSmoothingFocal', losses.LabelSmoothingFocal(.1)),
-    Op('LabelSmoothingFocal', losses.LabelSmoothingFocal(.1, .5, WEIGHT), grid='gamma=.5'),
+    Op('LabelSmoothingFocal', losses.LabelSmoothingFocal(.1, .5, WEIGHT), grid='gamma=.5', graphs=()),
     Op('LabelSmoothingDice', losses.LabelSmoothingDice(.1), space=(2,)),
-    Op('LabelSmoothingDice', losses.LabelSmoothingDice(.1, square_in_union=True, reduction='none'), space=(2,), grid='squares'),
+    Op('LabelSmoothingDice', losses.LabelSmoothingDice(.1, square_in_union=True, reduction='none'), space=(2,), grid='squares', graphs=()),
     Op('LabelRelaxation', losses.LabelRelaxation(.1)),
     Op('MultiLabelSmoothingCrossEntropy', losses.MultiLabelSmoothingCrossEntropy(.1), ('index', 'dense', 'learnt')),
     Op('LabelSmoothingBCE', losses.LabelSmoothingBCE(.1), BINARY),

@@ -6,7 +6,8 @@ import notebooks
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and not p.name.startswith('.'))
+NOTEBOOKS = sorted((p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and not p.name.startswith('.')),
+                   key=lambda p: (p.parent.name != 'tutorials', p))  # tutorials take longest: first, so that no process waits for another at the end
 pytestmark = pytest.mark.notebook
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from fastai.callback.core import Callback
 from fastai.learner import Metric
 from fastcore.docments import docments
@@ -122,6 +123,24 @@ def test_settings_ini_equals_pyproject():
     for k in ('lib_path', 'nbs_path', 'doc_path', 'branch', 'readme_nb'): assert s[k] == nbdev[k]
     assert p['urls']['Repository'].endswith(f"{s['user']}/{s['repo']}")
     assert not [d for d in [*p['dependencies'], *extras['dev'], *extras['all']] if '<' in d or '==' in d], 'an upper limit on a dependency'
+    cited = yaml.safe_load((ROOT/'.github'/'CITATION.cff').read_text(encoding='utf-8'))
+    assert (cited['version'], cited['license']) == (fastai_smooth.__version__, p['license'])
+    assert f"\n## [{cited['version']}] - {cited['date-released']}\n" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+
+
+def test_actions_are_pinned():
+    "Each step that uses an action names it by the hash of a commit, with the version behind it; the oldest Python and the newest are tried"
+    folder, jobs = ROOT/'.github'/'workflows', {}
+    for p in folder.glob('*.yml'):
+        text = p.read_text(encoding='utf-8')
+        jobs[p.stem] = yaml.safe_load(text)['jobs']
+        used = [step['uses'] for job in jobs[p.stem].values() for step in job['steps'] if 'uses' in step]
+        assert used == re.findall(r'uses: ([\w./-]+@[0-9a-f]{40}) # v\d+\.\d+\.\d+$', text, re.M), p.name
+    pythons = jobs['ci']['test']['strategy']['matrix']['python']
+    minimum = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']['requires-python'].removeprefix('>=')
+    assert pythons[0] == minimum == jobs['ci']['oldest']['steps'][1]['with']['python-version'] and jobs['ci']['elsewhere']['strategy']['matrix']['os']
+    update, = yaml.safe_load((ROOT/'.github'/'dependabot.yml').read_text(encoding='utf-8'))['updates']
+    assert update['package-ecosystem'] == 'github-actions'
 
 
 @pytest.mark.processes
@@ -132,10 +151,13 @@ def test_import_is_light():
 
 @pytest.mark.processes
 def test_all_replaces_fastais_names_and_nothing_else():
-    code = ("from fastai.vision.all import *\nbefore = dict(globals())\nfrom fastai_smooth.all import *\n"
-            "print(sorted(k for k in before if before[k] is not globals()[k]))")
+    code = ("import sys\nfrom fastai.vision.all import *\nbefore, loaded = dict(globals()), set(sys.modules)\nfrom fastai_smooth.all import *\n"
+            "import fastai_smooth.kernels.gpu; assert not [m for m in sys.modules if m.startswith('fastai_smooth.kernels.triton')], 'no kernel is needed yet'\n"
+            "print(sorted({m.split('.')[0] for m in set(sys.modules)-loaded}))\nprint(sorted(k for k in before if before[k] is not globals()[k]))")
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
-    assert out.strip().splitlines()[-1] == "['LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat']"
+    loaded, replaced = out.strip().splitlines()[-2:]
+    assert replaced == "['LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat']"
+    assert loaded == "['fastai', 'fastai_smooth', 'timm']", "what takes time to load, such as scipy.signal or Jinja, waits until it is used"
 
 
 SHOWN = {'cli': ['main']}  # of a module that is no room
@@ -238,7 +260,7 @@ def test_the_sidebar_lists_every_notebook_in_order():
 
 
 def test_no_machine_paths_or_addresses():
-    for p in [*ROOT.glob('*.md'), *ROOT.glob('nbs/**/*.ipynb'), *ROOT.glob('fastai_smooth/**/*.py'), *ROOT.glob('.ci/*')]:
+    for p in [*ROOT.glob('*.md'), *ROOT.glob('.github/*.*'), *ROOT.glob('nbs/**/*.ipynb'), *ROOT.glob('fastai_smooth/**/*.py'), *ROOT.glob('.ci/*')]:
         found = re.findall(r'(?<![\w.])/(?:work|root|home|tmp)/\w+|site-packages', p.read_text(encoding='utf-8'))
         assert not found, f'{p.name}: {found[:3]}'
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from fastai.learner import Learner, Metric
 from fastcore.basics import camel2snake, patch
-from scipy.signal import fftconvolve
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -277,6 +276,7 @@ def on_grid(
     at, # Where to evaluate
 ):
     "The sum of Gaussian kernels, reflected at 0 and 1, over values that are first put on a grid"
+    from scipy.signal import fftconvolve # here: it takes a third of a second, and few ask for it
     m = max(2000, round(20/sigma))//2+1
     place = f*(m-1)
     left = place.astype(int).clip(0, m-2)

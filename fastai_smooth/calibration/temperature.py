@@ -63,11 +63,12 @@ def most_probable(
     "Minimise the negative log-likelihood of the labels and of virtual ones plus ½ · precision · (log T - center)²"
     held,factor = with_virtual(predictions, virtual)
     f = lambda log_t: factor*total_nll(held, log_t) + precision/2*(log_t-center)**2
-    grid = sorted({*np.linspace(math.log(LOWEST), math.log(HIGHEST), 13), center})
-    values = [f(x) for x in grid]
-    i = int(np.argmin(values))
-    best = minimize_scalar(f, bounds=(grid[max(i-1, 0)], grid[min(i+1, len(grid)-1)]), method='bounded', options=dict(xatol=1e-6))
-    return min(max(math.exp(best.x if best.fun < values[i] else grid[i]), LOWEST), HIGHEST)
+    low,high = math.log(LOWEST),math.log(HIGHEST)
+    grid = [*np.linspace(low, high, 13), center]
+    lowest,at = min((f(x), x) for x in grid)
+    step = grid[1]-grid[0] # to both sides, also where the centre is next to a point of the grid
+    best = minimize_scalar(f, bounds=(max(at-step, low), min(at+step, high)), method='bounded', options=dict(xatol=1e-6))
+    return min(max(math.exp(best.x if best.fun < lowest else at), LOWEST), HIGHEST)
 
 def tells(
     predictions:Predictions, # Of held-out data

@@ -9,6 +9,7 @@ __all__ = ['Comparison']
 
 # %% ../../nbs/77_compare.comparison.ipynb #f7eafda3
 import json
+import os
 import shlex
 import tempfile
 import warnings
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ from .question import Question
 from .scores import METRICS, at_best_epoch, loss_of, predictions_of, score_all
 from .verdict import Evidence, differences, mean_ci, verdict
 from ..data import corrupt_labels
-from ..run_folder import atomic, read_config, write_text
+from ..run_folder import atomic, read_config, used, write_text
+from ..threads import choose_threads, limited
 from ..time_estimate import TimeEstimate
 
 # %% ../../nbs/77_compare.comparison.ipynb #b2875a8c
@@ -95,6 +97,13 @@ class Trainings(Question):
         model = self._network()
         learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=how.callbacks(dls, self.kind, self.vocab))
         return learn.remove_cbs(ProgressCallback)
+
+    @cached_property
+    def threads(self)->int: # Of each training: sums in another order are other sums
+        "OMP_NUM_THREADS; else, with `resume`, those of the run in the folder; else one or all (with `jobs` a share of all), whichever makes a step faster"
+        goes_on = self.resume and self.out is not None and used(self.out) and not os.environ.get('OMP_NUM_THREADS')
+        noted = read_config(self.out).get('threads') if goes_on else None
+        return noted or choose_threads(self.learner(self.methods[0], self.seed0), super().threads)
 
     def _shares(self, method, train):
         "Votes as targets: those of validation as they are, in training the majority label, the votes, or these and some in advance"
@@ -189,7 +198,7 @@ class Comparison(Trainings):
     )->dict: # The summary
         "Train every method with every seed, and score. With `out`, each finished run is kept there at once"
         self.make_folder()
-        with self._folder.claim() if self.out is not None else nullcontext():
+        with self._folder.claim() if self.out is not None else nullcontext(), limited(self.threads):
             self.rows,self.examples,self.looks = [],{},self._earlier_looks()
             self.predictions:Any = {} if self.out is None else StoredPredictions(self._stored)
             vars(self).pop('_together', None) # what pictures have kept of an earlier run

@@ -14,7 +14,6 @@ from pathlib import Path
 import fastai
 import timm
 import torch
-from jinja2 import ChoiceLoader, Environment, PackageLoader
 
 from .pictures import (plot_confidence, plot_differences, plot_errors, plot_figures, plot_losses, plot_masks, plot_noise,
                                             plot_reliability, plot_risk, plot_strengths, plot_targets, picture)
@@ -36,6 +35,7 @@ def render(
     **values # That the template names
 )->str: # HTML
     "Fill in a template; text is escaped"
+    from jinja2 import ChoiceLoader, Environment, PackageLoader # here: only a run that has ended needs it
     loader = ChoiceLoader([PackageLoader(p) for p in dict.fromkeys((package, 'fastai_smooth.compare'))])
     return Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(template).render(versions=versions(), **values)
 

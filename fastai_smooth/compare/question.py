@@ -109,8 +109,7 @@ class Arguments:
         if self.kind in ('texts', 'table') and self.size is not None: raise ValueError(f"size is for images, but {self.data} holds {self.unit}: leave it out.")
         if self.size is None and getattr(self.source, 'files', None) is not None: self.size = self.source.images.shape[-1]
         if self.arch is None: self.arch = NETWORKS[self.kind]
-        if self.epochs is None: self.epochs = EPOCHS.get(self.data, 10)
-        if self.lr is None: self.lr = LEARNING_RATES[self.kind]
+        self.epochs,self.lr = self.epochs or EPOCHS.get(self.data, 10),self.lr or LEARNING_RATES[self.kind]
 
     def _check_methods(self):
         "Each fits the data, and none is named twice; from here on `methods` are names, and `method_of` says what they stand for"
@@ -166,7 +165,8 @@ class Question(Arguments):
 
     @property
     def threads(self)->int: # Of each training: sums in another order are other sums
-        return torch.get_num_threads() if self.jobs == 1 else max((os.cpu_count() or 1)//self.jobs, 1)
+        "As many as there are for each, which may be more than are good for it: see `Comparison`"
+        return torch.get_num_threads() if self.jobs == 1 or os.environ.get('OMP_NUM_THREADS') else max((os.cpu_count() or 1)//self.jobs, 1)
 
     def arguments(self)->list: # Of `fastai-smooth compare`
         "The arguments that repeat this comparison"
@@ -189,7 +189,8 @@ class Question(Arguments):
         "What was understood, before anything runs"
         pixels = ', a sample of their pixels' if self.kind == 'masks' else ', by its votes' if self.voted else ''
         size = [f'{self.size} by {self.size} pixels'] if self.size and self.kind in ('images', 'masks') else []
-        training = [self.arch, *size, count(self.epochs, 'epoch'), f'batches of {self.bs}', self._rate(), count(self.seeds, 'seed')]
+        training = [self.arch, *size, count(self.epochs, 'epoch'), f'batches of {self.bs}', self._rate(), count(self.seeds, 'seed'),
+                    count(self.threads, 'thread')]
         smooths = any(m.smoothing and not m.own_eps for m in self.method_of.values())
         lines = [self.source.describe(*map(self._split, self._seeds)), f"each validation example is scored once{pixels}", ', '.join(training),
                  f"methods: {', '.join(self.methods)}"+(f"; ε = {self.eps:g}" if smooths else '')]

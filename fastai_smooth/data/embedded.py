@@ -18,13 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
-from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
 
 from .loaders import array_dls, seeded, stratified_split, table_dls, text_dls
 
 # %% ../../nbs/51_data.embedded.ipynb #f40b4745
 def digits_arrays()->tuple: # Images (1797, 8, 8) uint8, labels (1797,) int64, class names
     "scikit-learn's optical recognition of handwritten digits, Alpaydin & Kaynak 1998, https://doi.org/10.24432/C50P49"
+    from sklearn.datasets import load_digits # here, as in `table_arrays`: who brings data does not wait for it
     data = load_digits()
     return np.round(data.images*(255/16)).astype(np.uint8), data.target.astype(np.int64), [str(i) for i in range(10)]
 
@@ -141,14 +141,15 @@ def docstrings(
     with seeded(seed): return text_dls(texts, labels, vocab, stratified_split(labels, valid_pct, seed), bs)
 
 # %% ../../nbs/51_data.embedded.ipynb #f732df00
-TABLES = {'breast_cancer': load_breast_cancer, 'wine': load_wine, 'iris': load_iris}
+TABLES = 'breast_cancer', 'wine', 'iris'
 
 def table_arrays(
     name:str # One of `TABLES`
 )->tuple: # Numbers (a DataFrame), labels (N,), class names
     "A table that scikit-learn carries. An unknown one: ValueError"
     if name not in TABLES: raise ValueError(f"There is no table {name!r}: there are {', '.join(TABLES)}.")
-    data = TABLES[name](as_frame=True)
+    from sklearn import datasets
+    data = getattr(datasets, f'load_{name}')(as_frame=True)
     return data.data.astype(np.float32),data.target.to_numpy(np.int64),[str(n) for n in data.target_names]
 
 def embedded_table(

@@ -51,7 +51,7 @@ def training_labels(
     for i in range(len(ds)): yield ds[i][n_inp]
 
 def count_labels(
-    dls, # fastai `DataLoaders`
+    dls:'DataLoaders', # fastai `DataLoaders`
     n_classes:int, # Number of classes K
 )->Tensor: # How often each class occurs, (K,) in float64
     "Count the labels of the training set: single, multi-hot (0 and 1, one per class), or masks (each pixel; void ones are left out)"
@@ -133,7 +133,7 @@ def mistakes(
 
 # %% ../../nbs/11_distributions.fixed.ipynb #f1a50006
 def square(
-    matrix, # Array, tensor or nested sequence (K, K)
+    matrix:Table, # Array, tensor or nested sequence (K, K)
     rule:str, # What a negative entry breaks
 )->Tensor: # A copy in float64
     "A square matrix of non-negative numbers. Another shape, or a negative entry: ValueError that names the row"
@@ -197,7 +197,7 @@ class Similarity(Distribution):
 
 # %% ../../nbs/11_distributions.fixed.ipynb #f1a50007
 def chains_of(
-    paths, # A path per class, or a dict from class names to paths
+    paths:Any, # A path per class, or a dict from class names to paths
     vocab:Iterable|None=None, # Class names in order, for a dict
 )->list: # Per class the tuple of the names of its nodes, from the root down
     "Take paths such as 'animal/cat' apart. A class without a path, or two with the same one: ValueError"
@@ -239,7 +239,7 @@ def levels_of(
     return nodes,heights
 
 def tree_of(
-    tree, # networkx DiGraph with edges from parent to child
+    tree:'DiGraph', # networkx DiGraph with edges from parent to child
     vocab:Iterable, # Class names in order: nodes of the tree
 )->list: # A path per class
     "The path from the root to each class. A class that is not in the tree, or a node with two parents: ValueError"

@@ -9,6 +9,7 @@ __all__ = ['Spatial']
 
 # %% ../../nbs/14_distributions.spatial.ipynb #f1a50303
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ def add_neighbours(
     out:Tensor, # Where they are added
     x:Tensor, # What is shifted, of the same shape
     d:int, # Dimension
-    taps, # Weight of the pixels at distance 1, 2, ...
-):
+    taps:Sequence[float], # Weight of the pixels at distance 1, 2, ...
+)->None:
     "out += Σ taps[i-1]*(x shifted by i and by -i along dimension d); the outermost values go on beyond the border"
     n = x.shape[d]
     first,last = x.narrow(d, 0, 1),x.narrow(d, n-1, 1)

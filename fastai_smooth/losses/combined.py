@@ -8,7 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/losses.combined.html.md"""
 __all__ = ['set_reductions', 'LossOfLosses', 'LogitPenalty', 'CombinedLoss', 'MultiTargetLoss', 'EachClass']
 
 # %% ../../nbs/34_losses.combined.ipynb #b6578f05
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from ..targets import Eps, Inputs, Target, base_tensor, check_axis, check_choice
 
 # %% ../../nbs/34_losses.combined.ipynb #d27534a0
 def set_reductions(
-    owner, # Has `_own`, the reductions of its losses while they are set to 'none'
+    owner:Any, # Has `_own`, the reductions of its losses while they are set to 'none'
     losses:list, # The losses
     value:str, # 'mean', 'sum' or 'none'
-):
+)->None:
     "Set the reduction of several losses. After 'none', setting the old value gives each loss back its own"
     check_choice(value, REDUCTIONS, 'reduction')
     losses = [loss for loss in losses if hasattr(loss, 'reduction')]
@@ -138,7 +138,7 @@ class LogitPenalty(LossOfLosses):
 
 # %% ../../nbs/34_losses.combined.ipynb #84d006b4
 def check_weights(
-    weights, # Sequence of numbers, or None
+    weights:Iterable[float]|None, # Sequence of numbers, or None
     n:int, # Number of losses
 )->list: # Of floats
     "One factor per loss, at least 0, otherwise ValueError; 1 each for None"
@@ -148,7 +148,7 @@ def check_weights(
     return weights
 
 def has_dist(
-    loss # Any loss
+    loss:object # Any loss
 )->bool: # True for one of ours that holds a distribution, or has a part that does
     "Whether a loss asks for what the model was called with"
     return isinstance(loss, SmoothingLoss) and any(getattr(leaf, 'dist', None) is not None for leaf in loss.leaves())

@@ -9,7 +9,7 @@ __all__ = ['LossSettings', 'wrapped_losses', 'settings_of', 'loss_settings']
 
 # %% ../../nbs/33_losses.settings.ipynb #3dc8b765
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ class LossSettings(NamedTuple):
     n_classes:int|None # Number of classes that weights, strengths per class or a distribution were made for. None: the loss does not say
 
 def wrapped_losses(
-    loss # Any loss
+    loss:Any # Any loss
 )->list: # Losses of the same predictions and target; empty for a loss of its own
     "The losses that a loss is made of"
     if callable(getattr(loss, 'parts', None)): return list(loss.parts())
@@ -32,7 +32,7 @@ def wrapped_losses(
     return []
 
 def settings_of(
-    loss, # Any loss
+    loss:Any, # Any loss
     name:str # 'axis', 'ignore_index', 'convention', 'weight', 'pos_weight', 'eps' or 'dist'
 )->list: # The outermost values, one for each part that has one
     "The values of a setting"
@@ -45,7 +45,7 @@ def settings_of(
     return [value for part in wrapped_losses(loss) for value in settings_of(part, name)]
 
 def loss_settings(
-    loss:object, # A loss of this package, fastai, torch or yours, wrapped or not
+    loss:Any, # A loss of this package, fastai, torch or yours, wrapped or not
     head:int=0, # Which head of a loss with a target for each, see `MultiTargetLoss`
 )->LossSettings: # Its settings
     "Ask a loss for its settings. Parts that ignore different labels: ValueError"

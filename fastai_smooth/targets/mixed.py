@@ -8,6 +8,7 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/targets.mixed.html.md"""
 __all__ = ['Target', 'MixedTarget']
 
 # %% ../../nbs/01_targets.mixed.ipynb #a6f00003
+from collections.abc import Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -125,10 +126,10 @@ class MixtureForm(DenseOperators):
 
 # %% ../../nbs/01_targets.mixed.ipynb #b2a8cca7
 def component_weight(
-    w, # Weight of a lerp or condition of a where, which broadcasts against the dense form
-    shape, # Of the dense form
+    w:Any, # Weight of a lerp or condition of a where, which broadcasts against the dense form
+    shape:Sequence[int], # Of the dense form
     axis:int, # Class dimension
-): # Number, or tensor that broadcasts against the components (N, m, *). None: it differs between classes
+)->Any: # Number, or tensor that broadcasts against the components (N, m, *). None: it differs between classes
     "A weight of dense targets as a weight of the components of their mixtures"
     if not isinstance(w, Tensor): return w if isinstance(w, Real) else None
     w = base_tensor(w)

@@ -25,12 +25,13 @@ from fastcore.foundation import L
 
 from ..calibration import gather, intervals
 from ..run_folder import RunFolder, check_elsewhere, read_config, write_text
+from ..threads import choose_threads
 from ..time_estimate import TimeEstimate
 from .card import model_card
 from .checkpoints import Checkpoints
 from .exported import calibrated, figures_of, write_learner, write_safe
 from .page import plot_both, write_training_report
-from .processes import Processes, choose_threads
+from .processes import Processes
 from .registry import recipe
 from .safe import versions
 
@@ -99,8 +100,8 @@ class _Training:
         "Take the folder; what `summary.json` holds, if nothing is left to do"
         if self.folder.found: # sums in another order are other sums: go on with as many threads
             self.threads = read_config(self.out).get('threads', torch.get_num_threads())
-            torch.set_num_threads(self.threads)
         else: self.threads = choose_threads(self.learn)
+        torch.set_num_threads(self.threads)
         fingerprint = fingerprint_of(self.learn.dls, self.settings.get('weights'))
         lock.enter_context(self.folder.claim(dict(self.config, fingerprint=fingerprint, threads=self.threads)))
         done = self.out/'summary.json'

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from fastai_smooth.callback import LabelSmoothing
 from fastai_smooth.calibration import NLL, Predictions, ScaledModel, TemperatureScaling, cross_fit, fit_temperature, gather
-from fastai_smooth.calibration.temperature import folds_of, nll_split
+from fastai_smooth.calibration.temperature import folds_of, most_probable, nll_split
 from fastai_smooth.data import array_dls, digits_arrays, stratified_split
 from fastai_smooth.losses import (CombinedLoss, LabelSmoothingBCE, LabelSmoothingCrossEntropy, LabelSmoothingFocal, LabelSmoothingNLL, LogitPenalty,
                                   MultiLabelSmoothingCrossEntropy)
@@ -559,6 +559,15 @@ def test_calibrating_twice_changes_nothing():
     close(twice.temperature, best_softmax(z/once.temperature, y))
     np.testing.assert_allclose(twice.temperature, 1., atol=.01)  # half an example more, among 300
     np.testing.assert_allclose(twice.get_preds()[0], once.get_preds()[0], atol=5e-3)
+
+
+@pytest.mark.parametrize('beside', [-1e-15, 1e-15])
+def test_the_centre_of_the_prior_beside_a_point_of_the_grid(beside):
+    "Rounding decides which is the lowest: the optimum may lie on either side of both"
+    z, y = single()
+    for factor in (.99, 1.01):
+        predictions = gather(learner(factor*z/best_softmax(z, y), y))
+        close(most_probable(predictions, beside), best_softmax(factor*z/best_softmax(z, y), y))
 
 
 class Warm(Same):

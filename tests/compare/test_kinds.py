@@ -51,7 +51,7 @@ def test_no_more_pixels_than_that():
 @pytest.mark.slow
 @pytest.mark.parametrize('several', [False, True])
 def test_texts_side_by_side(several, tmp_path):
-    write_texts(tmp_path/'t.csv', several, 120)
+    write_texts(tmp_path/'t.csv', several, 80)
     more = ['--delimiter', ';', '--seeds', '2'] if several else ['--noise', '0,.3', '--seeds', '1']
     args = ['compare', str(tmp_path/'t.csv'), *more, '--epochs', '1', '--bs', '32']
     assert main([*args, '--out', str(tmp_path/'run')]) == 0

@@ -106,3 +106,7 @@ def test_from_a_csv_of_votes_to_a_trained_model_with_two_commands(desk, tmp_path
     assert json.loads((tmp_path/'trained'/'summary.json').read_text())['n_train'] == 96
     dls = recipe('finetune').dls(desk[0]/'votes.csv', votes=';', presize=20, size=16)
     assert isinstance(dls.one_batch()[1], TensorSoftCategory) and '3 votes per example' in dls.described
+
+
+def test_data_without_votes_have_no_shares():
+    with pytest.raises(ValueError, match='digits has no votes'): read_source('digits').shares()

@@ -19,14 +19,6 @@ def test_kernels(cases):
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
-@pytest.mark.slow
-@pytest.mark.processes
-def test_no_kernel_is_defined_before_one_is_needed():
-    code = "import sys, fastai_smooth.all, fastai_smooth.kernels.gpu; assert not [m for m in sys.modules if m.startswith('fastai_smooth.kernels.triton')]"
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-
-
 def compiled(kernel, arguments, warps):
     """Compile a kernel for an H100 or H200; that takes none. `arguments`: types as Triton writes them, or values that are known when it is compiled.
     The others are integers"""

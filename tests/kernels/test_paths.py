@@ -148,8 +148,8 @@ def test_a_strength_that_is_a_symbol_compiles_once(f, target):
     torch.compiler.reset()
     graphs, z = [], torch.randn(3, 3)
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    for eps in (.1, .2, .3): close(compiled(z, target, eps), f(z, target, eps))
-    assert len(graphs) == 1
+    for eps in (.1, .2, .3, .4): close(compiled(z, target, eps), f(z, target, eps))
+    assert len(graphs) == (1 if torch.__version__ >= (2, 14) else 2)  # torch 2.6 makes one of the first strength, and one for all others
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -196,6 +196,7 @@ def test_converted_eps_gives_the_same_targets(eps, n, source, to):
                                   (1.1, 10, 'uniform', 'others')])
 def test_convert_eps_errors(args):
     with pytest.raises(ValueError): convert_eps(*args)
+    with pytest.raises(TypeError, match='takes one number'): convert_eps([.1, .2], 10, 'uniform', 'others')
 
 
 @given(st.floats(0, 1), st.integers(2, 50), st.sampled_from(CONVENTIONS))

@@ -3,7 +3,6 @@ import csv
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -146,7 +145,7 @@ def test_killed_anywhere_and_resumed(tmp_path):
             found = len((tmp_path/'run'/'metrics.csv').read_text().splitlines())-1 if (tmp_path/'run'/'metrics.csv').exists() else 0
             if found > rows+1 or process.poll() is not None: break
             time.sleep(.02)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
         assert found > rows, "it goes on where it was"
         rows = found

@@ -14,9 +14,7 @@ from fastai.callback.mixup import MixUp
 from fastai.learner import load_learner
 
 from fastai_smooth.cli import main
-from fastai_smooth.random_state import random_state
-from fastai_smooth.train import processes, recipe, register
-from fastai_smooth.train.processes import choose_threads
+from fastai_smooth.train import recipe, register
 
 # --multi_gpu stands for torch's launcher, which starts two processes without a GPU as well; --cpu alone starts one
 LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
@@ -121,25 +119,6 @@ def test_both_have_the_same_weights_and_mix_in_their_own_way(tmp_path):
 def test_an_unknown_recipe_stops_all_with_one_line():
     done = launch('-m', 'fastai_smooth.cli', 'train', 'resnet')
     assert done.returncode and len(said(done)) == 1 and 'there are pets' in said(done)[0] and not done.stdout.strip()
-
-
-@pytest.mark.parametrize('faster', [1, 4])
-def test_threads_are_chosen_by_time_and_draw_nothing(faster, monkeypatch):
-    "The clock is a stand-in; what a training draws afterwards is as if nothing had been timed"
-    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    learn = recipe('digits').learner()
-    before = [p.clone() for p in learn.model.state_dict().values()]
-    drawn = random_state(learn.dls.loaders)
-    set_to = []
-    monkeypatch.setattr(processes, 'seconds', lambda model, xb, n: abs(n-faster))
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
-    monkeypatch.setattr(torch, 'set_num_threads', set_to.append)
-    assert choose_threads(learn) == faster and set_to == [faster]
-    after = random_state(learn.dls.loaders)
-    assert torch.equal(drawn['torch'], after['torch']) and drawn['python'] == after['python'] and drawn['loaders'] == after['loaders']
-    assert all(torch.equal(a, b) for a, b in zip(before, learn.model.state_dict().values()))
-    monkeypatch.setenv('OMP_NUM_THREADS', '2')
-    assert choose_threads(learn) == 4 and set_to == [faster], "somebody has said how many"
 
 
 if __name__ == '__main__': worker(*sys.argv[1:])

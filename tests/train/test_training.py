@@ -1,8 +1,6 @@
 "train: a folder that holds what it says, runs that survive, data that are told apart"
 import csv
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -88,7 +86,7 @@ def test_two_runs_cannot_share_a_folder_and_a_killed_one_can_be_resumed(tmp_path
         if (out/'metrics.csv').exists(): break
         time.sleep(.1)
     second = subprocess.run([*CLI, *args, '--resume'], capture_output=True, text=True)
-    os.kill(first.pid, signal.SIGKILL)
+    first.kill()
     first.wait()
     first.stderr.close()
     assert second.returncode == 2 and 'in use by another run' in second.stderr and len(second.stderr.strip().splitlines()) == 1
