@@ -247,9 +247,8 @@ def train(
     quiet(threads)
     from fastai_smooth.train import train as run
     summary = run(recipe, data, out, resume, **changes)
-    folder = Path(out) # type: ignore[arg-type] # `main` names a folder where nobody has
-    found = {name: folder/file for name, file in dict(Learner='learner.pkl', Safe='safe', Report='report.html', Card='README.md').items()}
-    print(f"\n{shown(summary)}\n\n" + '\n'.join(f'{name}: {file}' for name, file in found.items() if file.exists()))
+    found = dict(Learner='learner.pkl', Safe='safe', Report='report.html', Card='README.md')
+    print(f"\n{shown(summary)}\n\n" + '\n'.join(f'{k}: {out/v}' for k, v in found.items() if (out/v).exists())) # type: ignore[operator] # `main` names it
     return 0
 
 def labels(
