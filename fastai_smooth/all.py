@@ -14,8 +14,8 @@ __all__ = ['AUGRC', 'AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'Classw
            'smooth_linear_cross_entropy', 'LabelSmoothingBCE', 'LabelSmoothingCrossEntropy',
            'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL', 'CombinedLoss', 'EachClass', 'MultiTargetLoss',
            'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty',
-           'MultiLabelSmoothingCrossEntropy', 'Comparison', 'Recipe', 'recipe', 'recipes', 'MixedTarget', 'convert_eps',
-           'smooth_binary', 'smooth_labels', 'to_dense']
+           'MultiLabelSmoothingCrossEntropy', 'Comparison', 'Recipe', 'export_safe', 'load_safe', 'recipe', 'recipes',
+           'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']
 
 # %% ../nbs/91_all.ipynb #8940a93a
 from .calibration import (AUGRC, AURC, ECE, MCE, NLL, AdaptiveECE, Brier, CalibrationInterpretation, ClasswiseECE, DebiasedCE, SmoothECE,
@@ -30,7 +30,7 @@ from .losses import (CombinedLoss, EachClass, MultiTargetLoss,
                                   LabelRelaxation, LabelSmoothingFocal, LabelSmoothingNLL, LogitPenalty, MultiLabelSmoothingCrossEntropy)
 from .compare import Comparison
 from .targets import MixedTarget, convert_eps, smooth_binary, smooth_labels, to_dense
-from .train import Recipe, recipe, recipes
+from .train import Recipe, export_safe, load_safe, recipe, recipes
 
 # %% ../nbs/91_all.ipynb #a537be56
 _all_ = ['AUGRC', 'AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'ClasswiseECE', 'DebiasedCE', 'SmoothECE', 'calibration_test',
@@ -43,4 +43,5 @@ _all_ = ['AUGRC', 'AURC', 'ECE', 'MCE', 'NLL', 'AdaptiveECE', 'Brier', 'Classwis
          'LabelSmoothingCrossEntropy', 'LabelSmoothingCrossEntropyFlat', 'LabelSmoothingNLL',
          'CombinedLoss', 'EachClass', 'MultiTargetLoss',
          'LabelSmoothingDice', 'LabelRelaxation', 'LabelSmoothingFocal', 'LogitPenalty', 'MultiLabelSmoothingCrossEntropy',
-         'Comparison', 'Recipe', 'recipe', 'recipes', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels', 'to_dense']
+         'Comparison', 'Recipe', 'export_safe', 'load_safe', 'recipe', 'recipes', 'MixedTarget', 'convert_eps', 'smooth_binary', 'smooth_labels',
+         'to_dense']

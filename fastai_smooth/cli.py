@@ -247,7 +247,8 @@ def train(
     quiet(threads)
     from fastai_smooth.train import train as run
     summary = run(recipe, data, out, resume, **changes)
-    print(f"\n{shown(summary)}\n\nLearner: {out/'learner.pkl'}\nReport: {out/'report.html'}") # type: ignore[operator] # `main` names a folder where nobody has
+    found = dict(Learner='learner.pkl', Safe='safe', Report='report.html', Card='README.md')
+    print(f"\n{shown(summary)}\n\n" + '\n'.join(f'{k}: {out/v}' for k, v in found.items() if (out/v).exists())) # type: ignore[operator] # `main` names it
     return 0
 
 def labels(
@@ -290,10 +291,10 @@ def labels(
     return 0
 
 def calibrate(
-    learner:str, # Exported learner; a pickle, which runs code: only from people you trust
+    learner:str, # Exported learner: a pickle, which runs code, so only from people you trust; or the folder safe of a training, from anybody
     data:str, # Held out from training: a folder of images in classes, or of images and masks, or a CSV of files, texts or rows with their labels
     *,
-    out:Path, # File for the calibrated learner
+    out:Path, # File for the calibrated learner; of a safe folder, a new folder
     delimiter:str=None, # Between several labels in a CSV
     ignore:int=None, # Number in the masks of pixels to ignore, such as 255
 )->int: # Exit code: 0, or 2 for a mistake in the arguments

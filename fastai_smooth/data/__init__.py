@@ -8,12 +8,13 @@ from .images import downloading # noqa: F401
 from .images import folder_files, open_image
 from .label_issues import LabelIssues, find_label_issues
 from .loaders import array_dls, stratified_split, table_dls, text_dls
-from .loaders import batch_size_for, random_split, seeded # noqa: F401
+from .loaders import ItemImage, batch_size_for, random_split, seeded # noqa: F401
 from .masks import mask_files
 from .networks import NETWORKS, build_model, build_unet, load_weights, network_for, small_convnet, small_segmenter, text_network
 from .networks import body_of # noqa: F401
 from .noise import corrupt_labels, transition_matrix
 from .soft_labels import DawidSkene, SoftCategoryBlock, TensorSoftCategory, top_accuracy, top_class
+from .soft_labels import SoftCategorize # noqa: F401
 from .tables import read_table
 
 __all__ = ['EMBEDDED', 'NETWORKS', 'SOURCES', 'TABLES', 'DawidSkene', 'ImageData', 'LabelIssues', 'LabelledData', 'MaskData', 'SoftCategoryBlock', 'TableData',

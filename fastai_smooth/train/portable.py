@@ -105,5 +105,6 @@ def portable(
     metrics = [m for m in learn.metrics if not is_ours(m) and not is_ours(getattr(m, 'func', m))]
     kind = TabularLearner if isinstance(learn, TabularLearner) else Learner # it predicts from a row in its own way
     new = kind(plain_dls(learn.dls), model, plain_loss(learn.loss_func), opt_func=learn.opt_func, metrics=metrics)
-    if hasattr(learn, 'temperature'): new.temperature = learn.temperature
+    for name in ('temperature', 'arch', 'recipe_settings'): # what the network is called, for `export_safe`
+        if hasattr(learn, name): setattr(new, name, getattr(learn, name))
     return new

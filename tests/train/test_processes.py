@@ -70,7 +70,7 @@ def command(tmp_path_factory):
 def test_two_processes_print_and_write_once(command):
     out, done = command
     assert done.returncode == 0, done.stderr[-3000:]
-    files = ['config.json', 'learner.pkl', 'metrics.csv', 'reliability.png', 'report.html', 'summary.json']
+    files = ['README.md', 'config.json', 'learner.pkl', 'metrics.csv', 'reliability.png', 'report.html', 'safe', 'summary.json']
     assert sorted(p.name for p in out.iterdir() if p.name != '.lock') == files
     assert json.loads((out/'summary.json').read_text())['processes'] == 2
     for words in ('as trained', 'after temperature', 'Learner:', 'train_loss'): assert done.stdout.count(words) == 1

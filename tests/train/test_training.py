@@ -19,7 +19,8 @@ from fastai_smooth.train.page import plot_history
 from fastai_smooth.train.training import fingerprint_of
 
 CLI = [sys.executable, '-W', 'ignore', '-m', 'fastai_smooth.cli']
-FILES = ['config.json', 'learner.pkl', 'metrics.csv', 'reliability.png', 'report.html', 'summary.json']
+FILES = ['README.md', 'config.json', 'learner.pkl', 'metrics.csv', 'reliability.png', 'report.html', 'summary.json']
+OF_IMAGES = sorted([*FILES, 'safe'])
 pytestmark = pytest.mark.filterwarnings('ignore:The temperature')
 
 
@@ -32,7 +33,7 @@ def test_train_leaves_a_calibrated_learner(tmp_path, capsys):
     out = tmp_path/'run'
     assert main(['train', 'digits', '--epochs', '4', '--eps', '.2', '--out', str(out)]) == 0
     printed = capsys.readouterr().out
-    assert visible(out) == FILES and 'after temperature' in printed
+    assert visible(out) == OF_IMAGES and 'after temperature' in printed and f'Card: {out}/README.md' in printed and f'Safe: {out}/safe' in printed
     s, rows = json.loads((out/'summary.json').read_text()), list(csv.DictReader((out/'metrics.csv').open()))
     assert s['recipe'] == 'digits' and s['settings']['epochs'] == 4 and s['settings']['eps'] == .2 and len(rows) == 4 and float(rows[-1]['accuracy']) > .8
     page = (out/'report.html').read_text()
@@ -121,7 +122,7 @@ def test_three_validation_images_are_scored_and_one_is_not(tmp_path):
         (tmp_path/f'{n}.csv').write_text('\n'.join(['file,label,is_valid', *rows]))
         with pytest.warns(UserWarning, match=f'only {n} examples, so {n} folds' if n > 1 else 'at least two held-out examples'):
             s = train('finetune', tmp_path/f'{n}.csv', tmp_path/f'run{n}', **QUICK)
-        assert s['n_valid'] == n and visible(tmp_path/f'run{n}') == FILES and load_learner(tmp_path/f'run{n}'/'learner.pkl').temperature > 0
+        assert s['n_valid'] == n and visible(tmp_path/f'run{n}') == OF_IMAGES and load_learner(tmp_path/f'run{n}'/'learner.pkl').temperature > 0
     assert s['temperature'] == 1.
 
 
