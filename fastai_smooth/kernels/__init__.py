@@ -17,6 +17,7 @@ from .formulas import (
 from .gpu import check_reported_labels
 from .heads import smooth_linear_cross_entropy
 from .lazy_logits import LazyHead, LazyLogits
+from .one_pass import dice_loss, focal_loss, logit_penalty
 from .paths import (
     binary_cross_entropy,
     binary_entries,

@@ -11,7 +11,7 @@ __all__ = ['LabelSmoothingFocal', 'LabelSmoothingDice']
 import torch
 from torch import Tensor, nn
 
-from ..kernels import all_possible, check_several_classes, in_single_precision, surely, without_ignored
+from ..kernels import all_possible, check_several_classes, dice_loss, focal_loss, in_single_precision, surely, without_ignored
 from .softmax import LabelSmoothingCrossEntropy, SoftmaxLoss
 from ..distributions import check_distribution
 from ..targets import check_axis, dense_target, spread
@@ -19,7 +19,8 @@ from ..targets import check_axis, dense_target, spread
 # %% ../../nbs/32_losses.overlap.ipynb #769fcef1
 class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
     "Focal loss with label smoothing, Lin et al. 2017, https://arxiv.org/abs/1708.02002"
-    fast = False
+    @property
+    def fast(self)->bool: return self.gamma == 0 # then it is cross entropy
 
     def __init__(self,
         eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
@@ -39,11 +40,14 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
 
     def log_probs(self, pred, axis):
         log_p = pred.log_softmax(axis)
-        if not self.gamma: return log_p
         if all_possible(log_p): return log_p*self.focus(log_p)
         ruled_out = log_p == -torch.inf # 0 instead, where the focal factor has a gradient
         log_p = log_p.masked_fill(ruled_out, 0.)
         return (log_p*self.focus(log_p)).masked_fill(ruled_out, -torch.inf)
+
+    def of_log_probs(self, pred, target, eps, axis, formula):
+        if self.weight is not None or isinstance(eps, Tensor) or self.reduction == 'none': return formula(pred)
+        return focal_loss(pred, target, eps, self.gamma, axis, self.ignore_index, self.reduction == 'mean', formula)
 
     def focus(self,
         log_p:Tensor, # Log-probabilities
@@ -81,13 +85,18 @@ class LabelSmoothingDice(SoftmaxLoss):
         axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
         if axis == 0: raise ValueError(f"axis=0 of predictions of shape {tuple(pred.shape)} counts examples: the classes need another one.")
         check_several_classes(pred.shape, axis)
-        q = dense_target(target, logits, axis, self.ignore_index)
-        p, mass = without_ignored(logits, q, axis, None).softmax(axis), q.sum(axis, keepdim=True)
-        if q.requires_grad or not surely(mass == 1): p = p*mass # a pixel without mass counts for nothing
-        q = spread(q, self.eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
-        area = [d for d in range(1, pred.ndim) if d != axis]
-        total = lambda x: x.sum(area) if area else x
-        if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())
-        else: inter,union = total(torch.minimum(p, q)),total(p)+total(q)
-        loss = 1 - (2*inter+self.smooth)/(union+self.smooth)
-        return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' or not loss.numel() else loss.mean()
+        def formula(logits):
+            q = dense_target(target, logits, axis, self.ignore_index)
+            p, mass = without_ignored(logits, q, axis, None).softmax(axis), q.sum(axis, keepdim=True)
+            if q.requires_grad or not surely(mass == 1): p = p*mass # a pixel without mass counts for nothing
+            q = spread(q, self.eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
+            area = [d for d in range(1, pred.ndim) if d != axis]
+            total = lambda x: x.sum(area) if area else x
+            if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())
+            else: inter,union = total(torch.minimum(p, q)),total(p)+total(q)
+            loss = 1 - (2*inter+self.smooth)/(union+self.smooth)
+            return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' or not loss.numel() else loss.mean()
+        before,after = pred.shape[:axis],pred.shape[axis+1:]
+        fits = not isinstance(target, Tensor) or target.shape in ((*before, *after), (*before, 1, *after), pred.shape)
+        if not fits or self.dist is not None or isinstance(self.eps, Tensor) or self.reduction == 'none': return formula(logits)
+        return dice_loss(logits, target, self.eps, axis, self.ignore_index, self.smooth, self.square_in_union, self.reduction == 'mean', formula)

@@ -131,8 +131,8 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         if self.dist is None:
             eps = self.eps if self.convention == 'uniform' else uniform_eps(self.eps, self.convention, pred.shape[axis])
             if self.fast: return cross_entropy(pred, target, eps, *args)
-            logits = without_ignored(in_single_precision(pred), target, axis, self.ignore_index)
-            return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args)
+            formula = lambda z: cross_entropy_of_log_probs(self.log_probs(without_ignored(z, target, axis, self.ignore_index), axis), target, eps, *args)
+            return self.of_log_probs(in_single_precision(pred), target, eps, axis, formula)
         check_distribution(self.dist, self.convention)
         q = dense_target(target, single_like(pred), axis, self.ignore_index)
         received = self.dist(q*per_class(self.eps, q, axis), axis=axis, logits=pred, inputs=inputs)
@@ -146,6 +146,16 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
     )->Tensor: # log p of the same shape
         "Log-probabilities of a prediction"
         return pred.log_softmax(axis)
+
+    def of_log_probs(self,
+        pred:Tensor, # Logits in at least single precision
+        target, # Index, dense or mixed target
+        eps, # Smoothing strength: a number or one per class
+        axis:int, # Class dimension, not negative
+        formula, # The loss as a function of the logits alone
+    )->Tensor: # Loss
+        "The loss for `log_probs` that are no log-softmax"
+        return formula(pred)
 
 LabelSmoothingCrossEntropyFlat = LabelSmoothingCrossEntropy
 
