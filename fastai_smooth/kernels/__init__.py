@@ -1,6 +1,7 @@
 "The losses as functions: a formula and faster paths for each, and the choice between them"
 from .formulas import (
     REDUCTIONS,
+    all_classes,
     all_possible,
     check_class_weight,
     check_several_classes,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formulas import all_classes
 from ..targets import transforms_active
 
 # %% ../../nbs/21_kernels.cpu.ipynb #b2d9a4e4
@@ -114,7 +115,9 @@ def over_rows(logits, axis, tensors, wanted, of_block):
     g = empty() if wanted else None # no view, so that autograd can add another gradient to it in place
     return in_blocks(lay(logits), [lay(t) for t in tensors], wanted, of_block, lay(g))[0], g
 
-def number(x): return x.item() if x.is_cpu else x # elsewhere reading it would wait for the device
+def has_values(x): return x.is_cpu # elsewhere reading them would wait for the device
+
+def number(x): return x.item() if has_values(x) else x
 
 def inner(a, b): return number(torch.dot(a.reshape(-1), b.reshape(-1)))
 
@@ -157,8 +160,12 @@ def loss_of_block(z, index, c, mass, out, wanted, eps, scale):
     return total, p
 
 def loss_of_few(z, y, eps, mean, wanted):
-    "The loss of few logits (A, K) and a class for each row, in as few calls as there can be"
-    p, k, scale = torch.log_softmax(z, 1), z.shape[1], 1/len(z) if mean else 1.
+    "The loss of few logits (A, K), and a class for each row or dense rows of mass 1, in as few calls as there can be"
+    scale = 1/len(z) if mean else 1.
+    if y.is_floating_point():
+        total, g = loss_of_block(z, None, y, None, None, wanted, eps, scale)
+        return total*scale, g
+    p, k = torch.log_softmax(z, 1), z.shape[1]
     total = (1-eps)*F.nll_loss(p, y, reduction='sum').item() - (eps*p.sum().item()/k if eps else 0.)
     if wanted:
         p.exp_()
@@ -197,15 +204,20 @@ def are_few(
     logits:Tensor, # Logits
     target, # Index, dense or mixed target
     axis:int, # Class dimension, not negative
-)->bool: # True: call `cpu_cross_entropy_of_few` if the path is 'cpu' and all labels are classes
+)->bool: # True: call `cpu_cross_entropy_of_few` if the path is 'cpu' and `few_fit`
     "Whether the Python around a loss takes as long as its numbers"
     most = SMALL if logits.requires_grad and torch.is_grad_enabled() else BLOCK
     return (logits.is_cpu and axis == 1 and logits.ndim == 2 and 0 < logits.numel() <= most and logits.dtype in (torch.float32, torch.float64)
-            and type(target) is Tensor and target.dtype is torch.int64 and target.shape == logits.shape[:1])
+            and type(target) is Tensor and ((target.dtype is torch.int64 and target.shape == logits.shape[:1])
+                or (target.dtype is logits.dtype and target.shape == logits.shape and logits.shape[1] > 1)))
+
+def few_fit(target, n_classes, ignore_index):
+    "Whether all labels are classes, or all rows have the mass 1"
+    return mass_of(None, target, False, 1)[0] is None if target.is_floating_point() else all_classes(target, n_classes, ignore_index)
 
 def cpu_cross_entropy_of_few(
     logits:Tensor, # Logits (N, K)
-    y:Tensor, # Classes in [0, K), (N,)
+    y:Tensor, # Classes in [0, K), (N,), or dense rows of mass 1
     eps:float, # Smoothing strength
     mean:bool, # Over the rows; otherwise the sum
     formula, # The same loss as a function of the logits alone
@@ -216,7 +228,7 @@ def cpu_cross_entropy_of_few(
 # %% ../../nbs/21_kernels.cpu.ipynb #622fdb15
 def binary_loss_and_gradient(logits, target, off, on, scale, wanted):
     "Binary cross entropy of logits and a known target of the same shape, times `scale`, as a number; and its gradient or None"
-    if logits.numel() <= SMALL: # few calls
+    if logits.numel() <= 4*SMALL: # few calls
         y = torch.add(target.new_full((), off), target, alpha=on-off) if off or on != 1 else target
         total = F.binary_cross_entropy_with_logits(logits, y, reduction='sum').item()
         return total*scale, torch.sigmoid(logits).sub_(y).mul_(scale) if wanted else None

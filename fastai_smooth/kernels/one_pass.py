@@ -11,7 +11,7 @@ __all__ = []
 import torch
 from torch import Tensor
 
-from .cpu import SMALL, in_blocks, inner, mass_of, number, over_rows, with_gradient
+from .cpu import SMALL, has_values, in_blocks, inner, mass_of, number, over_rows, with_gradient
 from .formulas import entries, kept_entries
 from .paths import path_of
 
@@ -24,7 +24,7 @@ def target_of(logits, target, axis, ignore_index):
 
 def scaled(index, c, mean, axis=1):
     "Coefficients, what they sum to at each position, and the factor of the loss, which is part of both where values cannot be read"
-    if c is None or c.is_cpu: return c, *mass_of(index, c, mean, axis)
+    if c is None or has_values(c): return c, *mass_of(index, c, mean, axis)
     mass = c.sum(axis, keepdim=True)
     if not mean: return c, mass, 1.
     n = mass.sum()
@@ -37,7 +37,7 @@ def smoothed_block(z, index, c, mass, eps, factor, axis=1):
     if index is None:
         q = torch.mul(c, factor*(1-eps))
         return q if not eps else q.add_(each) if mass is None else q.add_(mass, alpha=each)
-    q = torch.full(z.shape, each, dtype=z.dtype, device=z.device)
+    q = torch.full_like(z, each)
     if c is None: return q.scatter_(axis, index, factor*(1-eps)+each)
     if mass is not None: q.mul_(mass)
     return q.scatter_add_(axis, index, c*(factor*(1-eps)))
@@ -60,14 +60,14 @@ def focal_of_block(z, index, c, mass, out, wanted, eps, gamma, scale):
     if mass is not None: z = z.masked_fill(mass == 0, 0.) # padding may hold anything
     q = smoothed_block(z, index, c, mass, eps, -scale)
     log_p, p = log_softmax_and_softmax(z)
-    rest = torch.sub(1., p, out=None if wanted else p)
+    rest = 1-p if wanted else p.neg_().add_(1)
     if gamma < 2: rest.clamp_(min=torch.finfo(z.dtype).tiny) # as in the formula
     power = rest if gamma == 2 else rest**(gamma-1)
     log_p.mul_(power)
     term = torch.mul(log_p, rest, out=out)
-    if not z.is_cpu: # where a class is ruled out: 0 times infinity is 0
+    if not has_values(z): # where a class is ruled out: 0 times infinity is 0
         term.masked_fill_(q == 0, 0.)
-        log_p.clamp_(min=torch.finfo(z.dtype).min)
+        log_p.clamp_(min=torch.finfo(z.dtype).min/(1+gamma))
     total = inner(q, term)
     if not wanted: return total, None
     h = rest.mul_(power).addcmul_(log_p, p, value=-gamma).mul_(q)
@@ -97,13 +97,11 @@ def entropy_of_block(z, known, out, wanted, scale):
     "`scale` times the negative entropy of logits (A, K, *), and its gradient. `known` (A, 1, *) is a factor of each position, None for 1"
     if known is not None: z = z.masked_fill(known == 0, 0.)
     log_p, p = log_softmax_and_softmax(z)
-    if not z.is_cpu: log_p.clamp_(min=torch.finfo(z.dtype).min) # 0 times infinity is 0
+    if not has_values(z): log_p.clamp_(min=torch.finfo(z.dtype).min) # 0 times infinity is 0
     out = torch.mul(log_p, p, out=out)
     each = out.sum(1, keepdim=True)
     total = (each if known is None else each*known).sum()
-    if wanted:
-        torch.sub(log_p, each, out=out).mul_(p)
-        out.mul_(scale if known is None else known*scale)
+    if wanted: out.addcmul_(p, each, value=-1).mul_(scale if known is None else known*scale)
     return number(total)*scale, out
 
 def gap_of_block(z, known, out, wanted, margin, scale):
@@ -112,16 +110,16 @@ def gap_of_block(z, known, out, wanted, margin, scale):
     top, scale = z.amax(1, keepdim=True), scale/z.shape[1]
     gap = torch.sub(top-margin if margin else top, z, out=out)
     if margin: gap.clamp_(min=0)
-    if not z.is_cpu: gap.masked_fill_(z == -torch.inf, 0.) # a class that is ruled out has no logit to keep small
+    if not has_values(z): gap.masked_fill_(z == -torch.inf, 0.) # a class that is ruled out has no logit to keep small
     total = number((gap if known is None else gap.sum(1, keepdim=True)*known).sum())*scale
-    if not wanted or (z.is_cpu and total == 0 and known is None): return total, gap # it is 0, and so is its gradient
-    below = gap.gt_(0)
-    count, factor = below.sum(1, keepdim=True), scale if known is None else known*scale
-    if margin or not z.is_cpu:
-        is_top = torch.sub(z, top).eq_(0)
-        return total, below.mul_(-factor).addcmul_(is_top, count*factor/is_top.sum(1, keepdim=True))
-    share = count*factor/(z.shape[1]-count) # of one of the top logits: all that are not below
-    return total, below.mul_(-share-factor).add_(share)
+    if not wanted or (has_values(z) and total == 0 and known is None): return total, gap # it is 0, and so is its gradient
+    factor = scale if known is None else known*scale
+    if not margin and has_values(z): # all that are not below are at the top
+        is_top = gap.eq_(0)
+        return total, is_top.div_(is_top.sum(1, keepdim=True)).mul_(factor*z.shape[1]).sub_(factor)
+    below, is_top = gap.gt_(0), torch.sub(z, top).eq_(0)
+    share = below.sum(1, keepdim=True)*factor/is_top.sum(1, keepdim=True)
+    return total, below.mul_(-factor).addcmul_(is_top, share)
 
 def logit_penalty(
     logits:Tensor, # Logits in at least single precision, (N, K, *) with the classes at `axis`
@@ -140,7 +138,7 @@ def logit_penalty(
         if known is None: factor, scale = None, strength*logits.shape[axis]/logits.numel() if mean else strength
         else:
             n = number(known.sum()) if mean else 1.
-            if known.is_cpu: factor, scale = known.unsqueeze(axis), strength/n if n else 0.
+            if has_values(known): factor, scale = known.unsqueeze(axis), strength/n if n else 0.
             else: factor, scale = (known/(n.where(n != 0, 1.) if mean else 1.)).unsqueeze(axis), strength
         of_block = (lambda *block: entropy_of_block(*block, scale)) if kind == 'confidence' else (lambda *block: gap_of_block(*block, margin, scale))
         return over_rows(logits, axis, (factor,), wanted, of_block)

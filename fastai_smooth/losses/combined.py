@@ -13,7 +13,7 @@ from types import BuiltinFunctionType, FunctionType
 import torch
 from torch import Tensor, nn
 
-from ..kernels import REDUCTIONS, all_possible, in_single_precision, logit_penalty, reduce, surely, without_ignored
+from ..kernels import REDUCTIONS, all_classes, all_possible, in_single_precision, logit_penalty, reduce, surely, without_ignored
 from .binary import LabelSmoothingBCE
 from .overlap import LabelSmoothingDice
 from .settings import loss_settings
@@ -82,8 +82,9 @@ def mass_of(
     if target.is_floating_point(): return base_tensor(target).sum(axis).to(pred.dtype).clamp(max=1.)
     if target.ndim == pred.ndim and target.shape[axis] > 1: return (target.sum(axis) > 0).to(pred.dtype) # multi-hot
     if target.ndim == pred.ndim: target = target.squeeze(axis)
-    kept = None if ignore_index is None else base_tensor(target) != ignore_index
-    return None if kept is None or surely(kept) else kept.to(pred.dtype)
+    target = base_tensor(target)
+    if ignore_index is None or (is_readable(target) and target.numel() and all_classes(target, pred.shape[axis], ignore_index)): return None
+    return (target != ignore_index).to(pred.dtype)
 
 # %% ../../nbs/34_losses.combined.ipynb #a26b9236
 class LogitPenalty(LossOfLosses):
@@ -110,14 +111,14 @@ class LogitPenalty(LossOfLosses):
         **kwargs # For the loss
     )->Tensor: # Loss: 0-d, or as that of the loss for reduction 'none'
         "The loss and its penalty"
-        loss,axis = self.loss(pred, target, **kwargs),check_axis(pred, self.loss.axis)
-        leaf,z = self.leaves()[0],in_single_precision(pred)
+        loss,leaf,z = self.loss(pred, target, **kwargs),self.leaves()[0],in_single_precision(pred)
+        axis,reduction = check_axis(z, leaf.axis),leaf.reduction
         known = mass_of(target, z, axis, getattr(leaf, 'ignore_index', -100))
-        if self.reduction != 'none':
+        if reduction != 'none':
             def formula(z):
                 penalty = self.penalty(z, known, axis)
-                return reduce(penalty, torch.ones_like(penalty) if known is None else known, self.reduction)
-            return loss + logit_penalty(z, known, self.kind, self.margin, self.strength, axis, self.reduction == 'mean', formula)
+                return reduce(penalty, torch.ones_like(penalty) if known is None else known, reduction)
+            return loss + logit_penalty(z, known, self.kind, self.margin, self.strength, axis, reduction == 'mean', formula)
         penalty = self.penalty(z, known, axis)
         if isinstance(leaf, LabelSmoothingDice): return loss + (penalty.flatten(1).mean(1) if penalty.ndim > 1 else penalty)[:,None]
         return loss + penalty

@@ -82,14 +82,14 @@ class LabelSmoothingDice(SoftmaxLoss):
         inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, K) for reduction 'none'
         "Dice of the smoothed target. Shapes or labels that do not fit: ValueError"
-        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
+        axis,logits,eps = check_axis(pred, self.axis),in_single_precision(pred),self.eps
         if axis == 0: raise ValueError(f"axis=0 of predictions of shape {tuple(pred.shape)} counts examples: the classes need another one.")
         check_several_classes(pred.shape, axis)
         def formula(logits):
             q = dense_target(target, logits, axis, self.ignore_index)
             p, mass = without_ignored(logits, q, axis, None).softmax(axis), q.sum(axis, keepdim=True)
             if q.requires_grad or not surely(mass == 1): p = p*mass # a pixel without mass counts for nothing
-            q = spread(q, self.eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
+            q = spread(q, eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
             area = [d for d in range(1, pred.ndim) if d != axis]
             total = lambda x: x.sum(area) if area else x
             if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())
@@ -98,5 +98,5 @@ class LabelSmoothingDice(SoftmaxLoss):
             return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' or not loss.numel() else loss.mean()
         before,after = pred.shape[:axis],pred.shape[axis+1:]
         fits = not isinstance(target, Tensor) or target.shape in ((*before, *after), (*before, 1, *after), pred.shape)
-        if not fits or self.dist is not None or isinstance(self.eps, Tensor) or self.reduction == 'none': return formula(logits)
-        return dice_loss(logits, target, self.eps, axis, self.ignore_index, self.smooth, self.square_in_union, self.reduction == 'mean', formula)
+        if not fits or self.dist is not None or isinstance(eps, Tensor) or self.reduction == 'none': return formula(logits)
+        return dice_loss(logits, target, eps, axis, self.ignore_index, self.smooth, self.square_in_union, self.reduction == 'mean', formula)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..kernels import (REDUCTIONS, LazyLogits, check_class_weight, cross_entropy, cross_entropy_of_log_probs, cross_entropy_with, in_single_precision,
                                    log_softmax, single_like, without_ignored)
 from ..distributions import check_distribution
-from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_eps, check_probabilities, dense_target,
+from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_eps, check_probabilities, dense_target, is_readable,
                                    per_class, read_eps, to_dense, uniform_eps)
 
 # %% ../../nbs/30_losses.softmax.ipynb #6cbe5021
@@ -197,7 +197,8 @@ class MultiLabelSmoothingCrossEntropy(SoftmaxLoss):
         if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(base_tensor(y).to(dtype))
         else: y = to_dense(y, pred.shape[axis], axis).to(dtype)
         n = y.sum(axis, keepdim=True)
-        return cross_entropy(pred, y/n.where(n != 0, 1.), self.eps, axis, None, 'class', None, self.reduction)
+        if not (is_readable(n) and n.numel() and n.amin().item() > 0): n = n.where(n != 0, 1.)
+        return cross_entropy(pred, y/n, self.eps, axis, None, 'class', None, self.reduction)
 
     def decodes(self,
         pred:Tensor # Probabilities
