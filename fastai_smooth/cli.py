@@ -22,10 +22,12 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from fastcore.docments import docments
 
@@ -76,7 +78,8 @@ def rate(text): return text if text == 'find' else float(text)
 def whole_numbers(text): return tuple(int(v) for v in text.split(','))
 def names(text): return tuple(m.strip() for m in text.split(','))
 
-SHOWN = {int: 'N', float: 'X', rate: 'X|find', numbers: 'X,X', whole_numbers: 'N,N', names: 'NAME,NAME', truth: 'yes|no', setting: 'NAME=VALUE', Path: 'PATH', str: 'TEXT'}
+SHOWN = {int: 'N', float: 'X', rate: 'X|find', numbers: 'X,X', whole_numbers: 'N,N', names: 'NAME,NAME', truth: 'yes|no', setting: 'NAME=VALUE',
+         Path: 'PATH', str: 'TEXT'}
 
 def add_options(parser, command):
     "The parameters of a function as arguments; those without a default, and DATA, go by their place"
@@ -230,12 +233,12 @@ def train(
         recipe,data = recipe or then['recipe'],data if data is not None else then['data']
         was = find(recipe).settings
         changes = {**{k: v for k, v in then['settings'].items() if k in was and v != (list(was[k]) if isinstance(was[k], tuple) else was[k])}, **changes}
-    find(recipe).changed(changes)
+    find(recipe).changed(changes) # type: ignore[arg-type] # `main` refuses none
     if data is not None and not Path(data).exists() and data not in EMBEDDED: raise ValueError(f"{data} is not a folder, and no file: name one that is there.")
     quiet(threads)
     from fastai_smooth.train import train as run
     summary = run(recipe, data, out, resume, **changes)
-    print(f"\n{shown(summary)}\n\nLearner: {out/'learner.pkl'}\nReport: {out/'report.html'}")
+    print(f"\n{shown(summary)}\n\nLearner: {out/'learner.pkl'}\nReport: {out/'report.html'}") # type: ignore[operator] # `main` names a folder where nobody has
     return 0
 
 def labels(
@@ -249,7 +252,7 @@ def labels(
     weights:Path=None, # State dict to start from
     pretrained:bool=False, # Start from pretrained weights, which are downloaded once
     bs:int=None, # Batch size (default: 64, or less where that makes fewer than eight batches)
-    lr:rate=None, # Highest learning rate; find: what lr_find suggests for each method (default: what suits the data)
+    lr:float=None, # Highest learning rate (default: what suits the data)
     size:int=None, # Resize images to SIZE by SIZE pixels (default: as they are, of files at most 128)
     delimiter:str=None, # Between several labels in a CSV
     target:str=None, # Column of the labels in a CSV (default: label)
@@ -320,13 +323,13 @@ def doctor()->int: # Exit code: 0
     devices = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count())), *(['mps'] if torch.backends.mps.is_available() else [])]
     for device in devices:
         logits = torch.zeros(2, 3, device=device, requires_grad=True)
-        loss = smooth_cross_entropy(logits, torch.zeros(2, dtype=torch.long, device=device))
+        loss:Any = smooth_cross_entropy(logits, torch.zeros(2, dtype=torch.long, device=device))
         name = torch.cuda.get_device_name(device) if device.startswith('cuda') else device
         print(f'{device}: {name}, smoothed cross entropy by {loss.grad_fn.name()}')
     return 0
 
 # %% ../nbs/90_cli.ipynb #55ee5df0
-COMMANDS = {'compare': compare, 'train': train, 'labels': labels, 'calibrate': calibrate, 'list': list_recipes, 'doctor': doctor}
+COMMANDS:dict[str,Callable] = {'compare': compare, 'train': train, 'labels': labels, 'calibrate': calibrate, 'list': list_recipes, 'doctor': doctor}
 
 def _parser(only_given=False):
     "The parser of all commands; with `only_given` it leaves out what nobody has typed"

@@ -9,6 +9,8 @@ __all__ = ['random_state', 'set_random_state']
 
 # %% ../nbs/59_random_state.ipynb #f7420415
 import random
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +27,18 @@ def _get(generator): return generator.getstate() if isinstance(generator, random
 def _as_tuples(v): return tuple(map(_as_tuples, v)) if isinstance(v, (list, tuple)) else v
 
 def random_state(
-    loaders=(), # Data loaders whose own generators belong to it
+    loaders:Iterable=(), # Data loaders whose own generators belong to it
 )->dict: # For `set_random_state`; `torch.load(weights_only=True)` can read it
     "The states of the generators of torch, its GPUs, NumPy, Python and the data loaders"
-    name,keys,*rest = np.random.get_state() # noqa: NPY002  (users' augmentations draw from it)
+    legacy:Any = np.random.get_state() # noqa: NPY002  (users' augmentations draw from it)
+    name,keys,*rest = legacy
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], python=random.getstate(),
                 numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest], loaders=[_get(g) for g in _generators(loaders)])
 
 def set_random_state(
     state:dict, # From `random_state`
-    loaders=(), # The data loaders, in the same order
-):
+    loaders:Iterable=(), # The data loaders, in the same order
+)->None:
     "Put all generators back"
     torch.set_rng_state(state['torch'])
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])

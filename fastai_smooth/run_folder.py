@@ -10,16 +10,18 @@ __all__ = ['RUNS', 'atomic', 'write_text', 'check_elsewhere', 'InUse', 'used', '
 # %% ../nbs/70_run_folder.ipynb #26b0b861
 import json
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 # %% ../nbs/70_run_folder.ipynb #394e0f81
 @contextmanager
 def atomic(
-    path, # File to be written
-):
+    path:str|Path, # File to be written
+)->Iterator[Path]:
     "A context that gives the path of a temporary file, which replaces `path` at the end; after an error neither is changed"
     part = Path(f'{path}.part')
     try:
@@ -31,9 +33,9 @@ def atomic(
     os.replace(part, path)
 
 def write_text(
-    path, # File to be written
+    path:str|Path, # File to be written
     text:str, # What goes into it
-):
+)->None:
     "Write a text file, whole or not at all"
     with atomic(path) as part: part.write_text(text, encoding='utf-8')
 
@@ -41,9 +43,9 @@ def write_text(
 RUNS = 'fastai_smooth_runs' # folder of results by default, which readers of data leave out
 
 def check_elsewhere(
-    out, # Folder of the results
-    data, # Folder of the data, or what else they are called
-):
+    out:str|Path, # Folder of the results
+    data:Any, # Folder of the data, or what else they are called
+)->None:
     "Refuse results inside the data, unless below `RUNS`: ValueError"
     out,data = Path(out),Path(data)
     inside = data.is_dir() and data.resolve() in out.resolve().parents
@@ -60,7 +62,7 @@ def used(
     return folder.exists() and not all(map(ours, folder.iterdir()))
 
 def read_config(
-    folder # Of a run
+    folder:str|Path # Of a run
 )->dict: # What `config.json` holds
     "The arguments that a run has noted. No such file, or one that is damaged: ValueError"
     try: config = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
@@ -84,16 +86,16 @@ def conflicts(
 class RunFolder:
     "A folder that one run claims, and that the same run may resume. Any other use: ValueError that says what the folder holds"
     def __init__(self,
-        path, # Folder; made when it is claimed
+        path:str|Path, # Folder; made when it is claimed
         config:dict, # What decides the figures of the run, as JSON can hold it; `claim` may be given more, such as a fingerprint of the data
         resume:bool=False, # Whether the folder may hold this run already
-    ):
+    )->None:
         self.path,self.config,self.resume = Path(path),json.loads(json.dumps(config)),resume
         self.check()
 
     def __repr__(self): return f'RunFolder({str(self.path)!r}, {self.config!r}, resume={self.resume})'
 
-    def check(self):
+    def check(self)->None:
         "Refuse a file, a folder with other things in it, one with another run, and one with this run unless it is to be resumed"
         if any(p.is_file() for p in (self.path, *self.path.parents)): raise ValueError(f"{self.path} is a file, or lies below one: name another folder.")
         self.found = used(self.path)
@@ -111,7 +113,7 @@ class RunFolder:
     @contextmanager
     def claim(self,
         config:dict|None=None, # The whole configuration, where more is known by now. None: as it was
-    ):
+    )->Iterator[Path]:
         "A context in which nobody else can use the folder; `config.json` is written. A folder that another run has claimed meanwhile: `InUse`"
         if config is not None: self.config = json.loads(json.dumps(config))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,7 @@ class RunFolder:
         finally: lock.release()
 
     def note(self,
-        **more # As JSON can hold it
-    ):
+        **more:Any # As JSON can hold it
+    )->None:
         "Note in `config.json` what may change when the run is resumed; `read_config` gives it back"
         write_text(self.path/'config.json', json.dumps({**read_config(self.path), **more}, indent=2))

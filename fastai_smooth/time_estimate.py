@@ -33,13 +33,13 @@ class TimeEstimate(Callback):
         watched:float=2., # Seconds of batches that an estimate needs
         say:Callable=line, # Takes a line of text
         clock:Callable=time.perf_counter, # Seconds
-    ):
+    )->None:
         self.runs,self.least,self.watched,self.say,self.clock = runs,least,watched,say,clock
 
-    def before_fit(self): self.seconds,self.batches,self.done = 0.,0,False
-    def before_epoch(self): self.last = None
+    def before_fit(self)->None: self.seconds,self.batches,self.done = 0.,0,False
+    def before_epoch(self)->None: self.last = None
 
-    def after_batch(self):
+    def after_batch(self)->None:
         if self.done or not self.training: return
         now,last = self.clock(),self.last
         self.last = now

@@ -41,6 +41,7 @@ def imported(tree, inside=()):
     "The modules that a syntax tree imports, as (absolute name, whether inside a function); `inside` is the package of relative ones"
     found = []
     def visit(node, deep):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING': return  # nothing is imported when it runs
         if isinstance(node, ast.Import): found.extend((a.name, deep) for a in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = list(inside[:len(inside)-node.level+1]) if node.level else []
@@ -79,7 +80,8 @@ def test_no_notebook_imports_a_later_room():
     for module, path in NOTEBOOKS.items():
         for cell in cells_of(path):
             if cell['cell_type'] != 'code' or module == 'all': continue
-            for name in re.findall(r'^\s*(?:from|import)\s+fastai_smooth\.([\w.]+)', text_of(cell), re.M):
+            runs = re.sub(r'^if TYPE_CHECKING:.*(\n +.*)*', '', text_of(cell), flags=re.M)
+            for name in re.findall(r'^\s*(?:from|import)\s+fastai_smooth\.([\w.]+)', runs, re.M):
                 later = [m for m in MODULES[MODULES.index(module)+1:] if m == name or (room_of(m) == name != room_of(module))]
                 assert not later and (name != 'all' or module == 'cli'), f'{path.name} imports {name}'
 
@@ -189,6 +191,34 @@ def test_public_methods_are_documented():
         missing += [f'{name}: no docment for {k}' for k, p in inspect.signature(f).parameters.items()
                     if k not in ('self', 'cls') and not told.get(k) and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     assert not missing, '\n'.join(missing)
+
+
+def untyped():
+    "Parameters and results of public functions and of the public methods of public classes, inherited ones of this package too, without a type"
+    for m, name, obj in public():
+        if m == 'cli': continue  # the annotations of a command are what reads the text behind an option
+        found = {name: obj} if inspect.isfunction(obj) else {}
+        for cls in obj.__mro__ if inspect.isclass(obj) else ():
+            if not cls.__module__.startswith('fastai_smooth'): continue
+            for k, v in vars(cls).items():
+                f = v.fget if isinstance(v, property) else getattr(v, '__func__', v)
+                if (k[0] != '_' or k in ('__init__', '__call__')) and inspect.isfunction(f) and '__dataclass_fields__' not in dir(f):
+                    found.setdefault(f'{cls.__name__}.{k}', f)
+        for where, f in found.items():
+            if inspect.getmodule(f) is None or f.__qualname__.startswith('__create_fn__'): continue  # what dataclasses write
+            signature = inspect.signature(f)
+            if signature.return_annotation is signature.empty: yield f'{m}: {where} has no type of its result'
+            yield from (f'{m}: {where}({k}) has no type' for k, p in signature.parameters.items() if p.annotation is p.empty and k not in ('self', 'cls'))
+
+
+def test_public_signatures_are_typed():
+    missing = sorted(set(untyped()))
+    assert not missing, '\n'.join(missing)
+
+
+def test_what_a_checker_is_not_to_see_is_little_and_says_why():
+    lines = [line for m in MODULES for line in source_of(m).splitlines() if 'type: ignore' in line]
+    assert len(lines) <= 12 and all(re.search(r'# type: ignore\[[\w-]+\] # \S+', line) for line in lines), '\n'.join(lines)
 
 
 @pytest.mark.processes

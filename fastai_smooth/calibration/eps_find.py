@@ -12,7 +12,10 @@ import copy
 import random
 import warnings
 from collections import namedtuple
+from collections.abc import Iterable
+from contextlib import contextmanager
 from numbers import Integral, Real
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +25,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import apply
 from fastcore.basics import patch
 from fastprogress import progress_bar
 from scipy.stats import t as student_t
@@ -75,7 +79,7 @@ def frozen_part(model):
     n = next((i for i, c in enumerate(children) if is_trained(c)), 0)
     return n if any(True for c in children[:n] for _ in c.parameters()) else 0
 
-class _Heads(nn.Module):
+class Heads(nn.Module):
     "A frozen body and several heads, each of which draws the same random numbers"
     def __init__(self, model, n_body, n_heads):
         super().__init__()
@@ -88,7 +92,7 @@ class _Heads(nn.Module):
         device,out = next(self.heads.parameters()).device,[]
         for i, head in enumerate(self.heads):
             with torch.random.fork_rng([device] if device.type == 'cuda' else [], enabled=i < len(self.heads)-1): # alike for all, and used up once
-                out.append(head(features.clone())) # a head may work in place
+                out.append(head(apply(torch.clone, features))) # a head may work in place
         return out
 
 # %% ../../nbs/65_calibration.eps_find.ipynb #aedc5a28
@@ -171,10 +175,19 @@ def check_arguments(learn, eps, dist, metric, n_epoch, folds):
 class _Advance(Callback):
     "Moves a progress bar on"
     order = 60
-    def __init__(self, bar, done): self.bar,self.done = bar,done # done: how many batches, shared by the trainings
+    def __init__(self, bar): self.bar,self.done = bar,0
     def after_batch(self):
-        self.done[0] += 1
-        self.bar.update(self.done[0])
+        self.done += 1
+        self.bar.update(self.done)
+
+@contextmanager
+def advancing(learn, n_batches):
+    "A progress bar over the batches of trainings beside a learner, where it shows one; gives the callbacks that move it on"
+    if not any(isinstance(cb, ProgressCallback) for cb in learn.cbs): return (yield [])
+    bar = progress_bar(range(n_batches), leave=False)
+    bar.update(0)
+    try: yield [_Advance(bar)]
+    finally: bar.on_iter_end()
 
 def smoothing_settings(learn, dist):
     "What an attached `LabelSmoothing` says about the targets holds for the trainings, its strength does not"
@@ -202,36 +215,32 @@ def train_each(
     n_body,reason,settings = frozen_part(learn.model),against_one_pass(learn, dist),smoothing_settings(learn, dist)
     if n_body and reason: print(f"{reason}, so every strength is trained on its own rather than all in one pass.")
     runs = [strengths] if n_body and not reason else [[e] for e in strengths]
-    randomness,bar,done,collected = _Randomness(learn.dls),None,[0],[]
+    randomness,together = _Randomness(learn.dls),len(runs) < len(strengths)
+    collected:list = []
     try:
         check_smoothing(learn, max(strengths), dist, settings)
-        if any(isinstance(cb, ProgressCallback) for cb in learn.cbs):
-            bar = progress_bar(range(len(runs)*n_epoch*(len(learn.dls.train)+len(learn.dls.valid))), leave=False)
-            bar.update(0)
-        for run in runs:
-            randomness.restore()
-            together = len(runs) < len(strengths)
-            model = _Heads(learn.model, n_body, len(run)) if together else copied_model(learn.model)
-            new = beside(learn, model, copy.deepcopy(users_loss(learn.loss_func)), joins_in)
-            if together:
-                new.splitter = lambda m: [[p for p in m.heads.parameters() if p.requires_grad]]
-                collect = _CollectHeads(len(run), act)
-                new.add_cbs([_Strengths(run, copy.deepcopy(dist), **settings), collect])
-            else:
-                collect = Collect(act, MOST_NUMBERS//len(strengths))
-                new.add_cbs([LabelSmoothing(run[0], copy.deepcopy(dist), **settings), collect])
-            if bar is not None: new.add_cb(_Advance(bar, done))
-            with new.no_logging(): new.fit(n_epoch)
-            collected += collect.each if together else [collect]
-    finally:
-        randomness.restore()
-        if bar is not None: bar.on_iter_end()
+        with advancing(learn, len(runs)*n_epoch*(len(learn.dls.train)+len(learn.dls.valid))) as bar:
+            for run in runs:
+                randomness.restore()
+                model = Heads(learn.model, n_body, len(run)) if together else copied_model(learn.model)
+                new = beside(learn, model, copy.deepcopy(users_loss(learn.loss_func)), joins_in)
+                if together:
+                    new.splitter = lambda m: [[p for p in m.heads.parameters() if p.requires_grad]]
+                    collect = _CollectHeads(len(run), act)
+                    new.add_cbs([_Strengths(run, copy.deepcopy(dist), **settings), collect])
+                else:
+                    collect = Collect(act, MOST_NUMBERS//len(strengths))
+                    new.add_cbs([LabelSmoothing(run[0], copy.deepcopy(dist), **settings), collect])
+                with new.no_logging(): new.fit(n_epoch, cbs=bar)
+                collected += collect.each if together else [collect]
+    finally: randomness.restore()
     return collected
 
 # %% ../../nbs/65_calibration.eps_find.ipynb #45bee5eb
 SCORES = 'accuracy','nll','ece','nll_ts','ece_ts'
 INTERVALS = [f'{n}_{end}' for n in SCORES for end in ('low', 'high')]
 N_BINS = 15
+LEVEL = .03 # of the test against 0, where .05 is promised: the prior at T = 1 favours strengths whose temperature is near it a little, on few examples
 
 def contributions(
     predictions:Predictions, # Of one strength, after temperature where the metric says so
@@ -291,11 +300,11 @@ def recommend(
     if len(each) < 2: return 0.,None
     p,error = beats_zero(each)
     n,zero = len(p),scores[0.]
-    better = [e for e in p if p[e] <= .05 and scores[e] < zero]
+    better = [e for e in p if p[e] <= LEVEL and scores[e] < zero]
     if not better:
         if best == 0: return 0.,f"no eps beats 0: by {metric}, smoothing does not help here. Recommended: 0."
         return 0.,(f"The best by {metric} is eps={best:g}, but no eps beats 0 by more than chance (by {zero-scores[best]:.4f}, p = {p[best]:.2f} corrected for "
-                   f"{n} strength{'s' if n > 1 else ''}). Recommended: 0.")
+                   f"{n} strength{'s' if n > 1 else ''}, not below {LEVEL:g}). Recommended: 0.")
     chosen = min(e for e in better if scores[e] <= min(scores[b] for b in better) + error[e])
     return chosen,(f"The best by {metric} is eps={best:g}. Recommended: {chosen:g}, the least within one standard error of it that beats 0 (by "
                    f"{zero-scores[chosen]:.4f}, p = {p[chosen]:.3f} corrected for {n} strength{'s' if n > 1 else ''}).")
@@ -305,8 +314,8 @@ class SuggestedEps(namedtuple('SuggestedEps', 'best table')):
     "What `Learner.eps_find` returns: the best strength, and a row of figures for each. `recommended` is the strength to use, which may be 0"
     recommended = None
     def plot(self,
-        axs=None # Three axes to draw in
-    ): # The axes
+        axs:Any=None # Three axes to draw in
+    )->np.ndarray: # The axes
         "Accuracy, and NLL and ECE after temperature, against the strength, with 95% intervals; the recommended strength is filled"
         if axs is None: axs = plt.subplots(1, 3, figsize=(10, 2.8), layout='constrained')[1]
         for ax, name in zip(axs, ('accuracy', 'nll_ts', 'ece_ts')):
@@ -338,8 +347,8 @@ def is_untrained(learn, act):
 # %% ../../nbs/65_calibration.eps_find.ipynb #cb2a28b6
 @patch
 def eps_find(self:Learner,
-    eps=(0, .02, .05, .1, .2, .3, .5), # Strengths to try, in [0, 1]
-    dist=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+    eps:Iterable[float]=(0, .02, .05, .1, .2, .3, .5), # Strengths to try, in [0, 1]
+    dist:Distribution|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
     metric:str='nll_ts', # What decides: accuracy, nll, ece, or nll_ts and ece_ts after temperature
     n_epoch:int=1, # Epochs of each training
     show_plot:bool=True, # Whether to draw the figures

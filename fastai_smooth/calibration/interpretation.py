@@ -8,7 +8,9 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/calibration.interpretation.h
 __all__ = ['CalibrationInterpretation']
 
 # %% ../../nbs/64_calibration.interpretation.ipynb #b86d7547
+from collections.abc import Callable, Iterable
 from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,27 +25,31 @@ from .metrics import AURC, ECE, SmoothECE, confidence_of, decision_of, where_kno
 from .intervals import calibrated_error, drawn_right, intervals, wilson
 from .temperature import cross_fit, fit_temperature
 
+if TYPE_CHECKING: from matplotlib.axes import Axes
+
 # %% ../../nbs/64_calibration.interpretation.ipynb #1a204139
+_F = TypeVar('_F', bound='_Figures')
+
 class _Figures:
     "What the predictions of a learner are worth, in numbers"
     def __init__(self,
         predictions:Predictions, # Of a data set
-        vocab=None, # Class names. None: numbers
+        vocab:Any=None, # Class names. None: numbers
         learn:Learner|None=None, # For `plot_penultimate`
-    ):
+    )->None:
         k = predictions.z.shape[1]
         vocab = list(vocab) if vocab is not None and not isinstance(vocab, str) and len(vocab) == k else range(k)
         self.predictions,self.vocab,self.learn = predictions,[str(v) for v in vocab],learn
 
     @classmethod
-    def from_learner(cls,
+    def from_learner(cls:type[_F],
         learn:Learner, # A trained learner; it stays as it is
         ds_idx:int=1, # 0: training set, 1: validation set
-        dl=None, # Another data loader with labels
-        act=None, # Activation of the predictions, if the loss does not say it
-    )->'CalibrationInterpretation':
+        dl:Any=None, # Another data loader with labels
+        act:Callable|None=None, # Activation of the predictions, if the loss does not say it
+    )->_F:
         "Look at the predictions of a learner. nan predictions, targets that are no labels, a loss without known activation, one class: ValueError"
-        vocab = getattr(learn.dls, 'vocab', None)
+        vocab:Any = getattr(learn.dls, 'vocab', None)
         vocab = list(vocab) if hasattr(vocab, '__iter__') else None
         if vocab and not isinstance(vocab[-1], str) and hasattr(vocab[-1], '__len__'): vocab = list(vocab[-1]) # one per part of the batch: that of the targets
         return cls(gather(learn, dl, ds_idx, act), vocab, learn)
@@ -62,18 +68,18 @@ class _Figures:
         "The temperature that fits these data best"
         return fit_temperature(self.predictions)
 
-    def calibrated(self,
+    def calibrated(self:_F,
         folds:int=5 # Each part is scored after the temperature of the others
-    )->'CalibrationInterpretation':
+    )->_F:
         "The same after temperature scaling, for figures and pictures of before and after"
         return type(self)(cross_fit(self.predictions, folds)[0], self.vocab, self.learn)
 
-    def confidence(self):
+    def confidence(self)->tuple:
         "Confidence and correctness of each prediction, as arrays"
         return tuple(v.numpy() for v in where_known(*confidence_of(self.predictions)))
 
     def scores(self,
-        p=2, # Of the norm that logits are divided by
+        p:float=2, # Of the norm that logits are divided by
     )->dict: # {name of the score: (AURC, risk among the 1, 2, ..., N most confident)}
         "AURC and risks from the most confident on, by each score"
         kinds = {'highest probability': AURC()}
@@ -93,8 +99,8 @@ class _Pictures(_Figures):
     "What the predictions of a learner are worth, to look at"
     def plot_reliability(self,
         n_bins:int=15, # Bins of the confidence, equally wide
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "How often predictions of each confidence are right: bars with 95% intervals, the gap to the confidence hatched, and how many there are"
         metric = ECE(n_bins)
         metric.of(*metric.parts(self.predictions))
@@ -117,8 +123,8 @@ class _Pictures(_Figures):
         return ax
 
     def plot_smooth(self,
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "How often predictions of each confidence are right, without bins, the band that 95% of calibrated models would keep to, and the density below"
         metric,at,g = SmoothECE(),np.linspace(0, 1, 401),torch.Generator().manual_seed(0)
         p,right = metric.parts(self.predictions)
@@ -144,8 +150,8 @@ class _Pictures(_Figures):
 
     def plot_confidence(self,
         n_bins:int=30, # Bins of the confidence
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "How confident the model is where it is right and where it is wrong"
         p,right = (v.numpy() for v in where_known(*decision_of(self.predictions)))
         ax = axes(ax)
@@ -161,8 +167,8 @@ class _Pictures(_Figures):
 
     def plot_risk_coverage(self,
         p:float=2, # Of the norm of the logits
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "The error among the most confident, for every share that is answered, by the highest probability and by the normalised logit"
         ax = axes(ax)
         for (name, (area, risk)), style in zip(self.scores(p).items(), (dict(color='k'), dict(color='.5', ls='--'))):
@@ -201,9 +207,9 @@ class _LastLayer(_Pictures):
         raise ValueError(f"There is no class {c!r}: the classes are {', '.join(self.vocab[:10])}{', ...' if len(self.vocab) > 10 else ''}.")
 
     def plot_penultimate(self,
-        classes, # Three classes, by number or name
-        ax=None, # Axes to draw in
-    ): # The axes
+        classes:Iterable, # Three classes, by number or name
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "What goes into the last layer for three classes, in the plane through their weights, training and validation: Müller et al. 2019, https://arxiv.org/abs/1906.02629"
         classes = [self._class_number(c) for c in classes]
         if len(set(classes)) != 3: raise ValueError(f"The plane goes through three different classes, but got {classes}.")

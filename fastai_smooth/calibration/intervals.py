@@ -9,8 +9,12 @@ __all__ = ['INTERVALS', 'MOST_ROWS', 'FEW', 'by_example', 'share_interval', 'aro
            'Bootstrap', 'quantiles', 'intervals', 'drawn_right', 'calibrated_error', 'calibration_test']
 
 # %% ../../nbs/62_calibration.intervals.ipynb #29f80a3f
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.stats import norm, skew
 from scipy.stats import t as student_t
 from torch import Tensor
@@ -119,7 +123,7 @@ def quantiles(draws, n):
 
 def intervals(
     predictions:Predictions, # Of a data set
-    names=tuple(FIGURES), # Which figures
+    names:Iterable[str]=tuple(FIGURES), # Which figures
     n_boot:int=400, # Bootstrap samples, for the calibration errors. 0: no intervals
     seed:int=0, # Of the samples
 )->dict: # Each name, followed by `_low` and `_high`, which are nan where there is one example
@@ -129,7 +133,8 @@ def intervals(
     if len(predictions) > MOST_ROWS: predictions = predictions[torch.randperm(len(predictions), generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]]
     boot = Bootstrap(predictions.example, seed)
     metrics = {name: MORE_FIGURES[name]() for name in own if name not in INTERVALS}
-    parts,drawn = {name: metric.parts(predictions) for name, metric in metrics.items()},{name: [] for name in metrics}
+    parts = {name: metric.parts(predictions) for name, metric in metrics.items()}
+    drawn:dict = {name: [] for name in metrics}
     for _ in range(n_boot if metrics and len(boot.counts) > 1 else 0):
         rows = boot.draw()
         for name, metric in metrics.items(): drawn[name].append(metric.of(*(part[rows] for part in parts[name])))
@@ -145,10 +150,10 @@ def drawn_right(p, right, g):
 
 def calibrated_error(
     predictions:Predictions, # Of a data set
-    names=('ece', 'adaptive_ece', 'classwise_ece', 'mce'), # Which calibration errors; also 'smooth_ece' and 'debiased_ce'
+    names:Iterable[str]=('ece', 'adaptive_ece', 'classwise_ece', 'mce'), # Which calibration errors; also 'smooth_ece' and 'debiased_ce'
     n_draws:int=200, # Of the labels; fewer, but at least 20, where there are more than a million entries
     seed:int=0, # Of the draws
-    **settings, # Of these metrics, such as n_bins
+    **settings:Any, # Of these metrics, such as n_bins
 )->dict: # Names to numbers
     "The calibration errors that a calibrated model with these probabilities would show, on average. The pixels of a mask count as independent"
     g,res = torch.Generator().manual_seed(seed),{}
@@ -161,8 +166,8 @@ def calibrated_error(
 
 # %% ../../nbs/62_calibration.intervals.ipynb #98050e6a
 def calibration_test(
-    probs, # Probabilities: (N,) of a yes, or (N, K)
-    labels, # Class numbers (N,), or 0 and 1 in the shape of `probs`: a question for each entry, nan where unknown
+    probs:ArrayLike|Tensor, # Probabilities: (N,) of a yes, or (N, K)
+    labels:ArrayLike|Tensor, # Class numbers (N,), or 0 and 1 in the shape of `probs`: a question for each entry, nan where unknown
     n_draws:int=999, # Of labels from the probabilities
     n_bins:int=15, # Of equally many predictions
     seed:int=0, # Of the draws
@@ -173,7 +178,7 @@ def calibration_test(
     if not ((p >= 0) & (p <= 1)).all(): raise ValueError("probs must lie in [0, 1]: pass probabilities, not logits.")
     if y.shape == p.shape: p,right = where_known(p, y.double())
     elif p.ndim == 2 and y.shape == p.shape[:1]:
-        problems = []
+        problems:list = []
         refuse_labels(y, torch.ones_like(y, dtype=torch.bool), p.shape[1], problems)
         p,guess = p.max(1)
         right = (guess == y).double()

@@ -9,25 +9,34 @@ __all__ = []
 
 # %% ../../nbs/66_calibration.label_issues.ipynb #e110ccfb
 import copy
-from numbers import Integral
+from numbers import Integral, Real
+from operator import itemgetter
 
 import numpy as np
+import torch
+from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import fit_one_cycle # noqa: F401  (gives the Learner this method)
 from fastai.learner import Learner
+from fastai.torch_core import apply, find_bs
 from fastcore.basics import patch
 from fastprogress import progress_bar
 from sklearn.model_selection import KFold, StratifiedKFold
+from torch import nn
 
 from ..data import LabelIssues, find_label_issues as find_label_issues_of
 from ..random_state import random_state, set_random_state
-from .predictions import beside, copied_model, gather, users_loss
+from .predictions import DEFAULT, beside, copied_model, gather, is_watching, users_loss
+from .eps_find import Heads, advancing, frozen_part
 
 # %% ../../nbs/66_calibration.label_issues.ipynb #839a91ea
 class _Part:
     "Item numbers of a part of a data loader's data, in the order of training or as they come. Loaders that sort by length want the longest first in a batch"
-    def __init__(self, dl, part, shuffle): self.dl,self.part,self.shuffle = dl,[int(i) for i in part],shuffle
+    def __init__(self, dl, part, shuffle): self.dl,self.part,self.shuffle,self.last = dl,[int(i) for i in part],shuffle,()
     def __call__(self):
-        idxs = self.dl.rng.sample(self.part, len(self.part)) if self.shuffle else self.part
+        self.last = self.ordered(self.dl.rng.sample(self.part, len(self.part)) if self.shuffle else self.part)
+        return self.last
+
+    def ordered(self, idxs):
         lengths = getattr(self.dl, 'res', None) # of fastai's SortedDL
         if lengths is None: return idxs
         if not self.shuffle: return sorted(idxs, key=lambda i: -lengths[i])
@@ -53,6 +62,53 @@ def folds(labels, k):
     if k > rarest: raise ValueError(f"k={k} parts are more than the {rarest} examples of the rarest class: use k={max(rarest, 2)}, or leave the class out.")
     return [part for _, part in StratifiedKFold(k, shuffle=True, random_state=0).split(labels, labels)]
 
+# %% ../../nbs/66_calibration.label_issues.ipynb #b07d1ea5
+def train_apart(learn, dl, parts, n_epoch, lr):
+    "For each part a learner that was trained on the others"
+    for part in progress_bar(parts, leave=False) if hasattr(learn, 'progress') else parts:
+        rest = np.setdiff1d(np.concatenate(parts), part)
+        new = beside(learn, copied_model(learn.model), copy.deepcopy(users_loss(learn.loss_func)), lambda cb: True)
+        new.dls = copy.copy(learn.dls)
+        new.dls.loaders = [part_dl(dl, rest, True), part_dl(dl, part, False)]
+        with new.no_logging(): new.fit_one_cycle(n_epoch, lr)
+        yield new
+
+# %% ../../nbs/66_calibration.label_issues.ipynb #5c3be1f8
+def shared_body(learn, dl):
+    "How many first children of the model all parts can share; 0 if they are trained apart"
+    alone = all(isinstance(cb, DEFAULT) or is_watching(cb) for cb in learn.cbs)
+    return frozen_part(learn.model) if alone and isinstance(learn.lr, Real) and dl.bs > 2 else 0
+
+class _PartHeads(Heads):
+    "A frozen body, and a head for each part, which sees the rows of a batch that are not in it"
+    def forward(self, *xb):
+        with torch.no_grad(): features = self.body(*xb)
+        seen = lambda rows: apply(itemgetter(rows), features)
+        return [head(seen(rows)) if len(rows) > 1 else None for head, rows in zip(self.heads, self.rows)] # norms need two
+
+class _PartsOfBatch(Callback):
+    "Says which rows of a batch each head sees; nothing is left to validate on"
+    order = -50
+    def __init__(self, items, part_of): self.items,self.part_of = items,part_of # `_Part` of the loader; the part (N,) that each item is in
+    def before_batch(self):
+        start = self.iter*self.dl.bs
+        parts = torch.as_tensor(self.part_of[self.items.last[start:start+find_bs(self.yb)]], device=self.y.device)
+        self.model.rows = [(parts != j).nonzero()[:,0] for j in range(len(self.model.heads))]
+    def before_validate(self): raise CancelValidException
+
+def train_together(learn, dl, parts, n_epoch, lr):
+    "For each part a learner that was trained on the others, by one pass through the frozen body for all of them"
+    model,loss = _PartHeads(learn.model, shared_body(learn, dl), len(parts)),copy.deepcopy(users_loss(learn.loss_func))
+    def total(preds, *yb): return sum(loss(p, *(y[rows] for y in yb)) for p, rows in zip(preds, model.rows) if p is not None)
+    new,part_of = beside(learn, model, total),np.zeros(sum(map(len, parts)), dtype=np.int64)
+    for j, part in enumerate(parts): part_of[part] = j
+    new.dls = copy.copy(learn.dls)
+    new.dls.loaders = [part_dl(dl, range(len(part_of)), True), part_dl(dl, parts[0], False)]
+    new.splitter = lambda m: [[p for p in m.heads.parameters() if p.requires_grad]]
+    new.add_cb(_PartsOfBatch(new.dls.train.get_idxs, part_of))
+    with advancing(learn, n_epoch*len(new.dls.train)) as bar, new.no_logging(): new.fit_one_cycle(n_epoch, lr, cbs=bar)
+    for head in model.heads: yield beside(learn, nn.Sequential(model.body, head), loss)
+
 # %% ../../nbs/66_calibration.label_issues.ipynb #e6e4197b
 @patch
 def find_label_issues(self:Learner,
@@ -68,16 +124,14 @@ def find_label_issues(self:Learner,
     try:
         with as_validation(dl.dataset): before = gather(self, part_dl(dl, range(len(dl.dataset)), False))
         if before.ndim > 2: raise ValueError("Labels of pixels are out: find_label_issues is for one class or several labels per example.")
+        left_out = np.setdiff1d(range(len(dl.dataset)), before.example.numpy())
+        if len(left_out): raise ValueError(f"Item {left_out[0]} of the training set is skipped or has no label ({len(left_out)} such items): leave them out.")
         targets = before.q.numpy()[np.argsort(before.example.numpy())]
         labels,probs = targets.astype(bool) if before.binary else targets.argmax(1),np.zeros(targets.shape)
         parts = folds(labels, k)
-        for part in progress_bar(parts, leave=False) if hasattr(self, 'progress') else parts:
-            rest = np.setdiff1d(np.arange(len(labels)), part)
-            new = beside(self, copied_model(self.model), copy.deepcopy(users_loss(self.loss_func)), lambda cb: True)
-            new.dls = copy.copy(self.dls)
-            new.dls.loaders = [part_dl(dl, rest, True), part_dl(dl, part, False)]
-            with new.no_logging(): new.fit_one_cycle(n_epoch, lr or self.lr)
-            with as_validation(dl.dataset): found = gather(new, new.dls.valid)
+        train = train_together if shared_body(self, dl) else train_apart
+        for part, new in zip(parts, train(self, dl, parts, n_epoch, lr or self.lr)):
+            with as_validation(dl.dataset): found = gather(new, part_dl(dl, part, False))
             probs[found.example.numpy()] = found.p.numpy()
     finally:
         for d, attributes in loaders:

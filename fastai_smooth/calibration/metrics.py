@@ -10,10 +10,12 @@ __all__ = ['FIGURES', 'MORE_FIGURES', 'ECE', 'MCE', 'ClasswiseECE', 'AdaptiveECE
 
 # %% ../../nbs/61_calibration.metrics.ipynb #01f06e23
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
-from fastai.learner import Metric
+from fastai.learner import Learner, Metric
 from fastcore.basics import camel2snake, patch
 from scipy.signal import fftconvolve
 from torch import Tensor
@@ -63,19 +65,24 @@ def where_known(confidence, right):
 class _Calibration(Metric):
     "Base: takes from each row what the figure is made of (`parts`) and adds that up (`take`). On a GPU nothing waits before `value`"
     def __init__(self,
-        act=None # Turns predictions into probabilities. None: the activation of the loss
-    ): self.act = act
+        act:Callable|None=None # Turns predictions into probabilities. None: the activation of the loss
+    )->None: self.act = act
 
-    def reset(self): self.n,self.broken,self.problems = 0,False,[]
-    def accumulate(self, learn):
+    n:Any # a number or a tensor, as are the sums below: on a GPU they stay there
+    broken:Any
+
+    def reset(self)->None:
+        self.n,self.broken = 0,False
+        self.problems:list = []
+    def accumulate(self, learn:Learner)->None:
         pred,y = (learn.to_detach(t, cpu=False) for t in (learn.pred, learn.y))
         rows = as_rows(pred, y, learn.loss_func, self.act)
         self.broken = rows.broken().any() | self.broken
         self.add(rows)
         self.problems += rows.problems
 
-    def add(self, rows): self.take(*self.parts(rows))
-    def of(self, *parts): # the figure of some parts
+    def add(self, rows:Rows)->None: self.take(*self.parts(rows))
+    def of(self, *parts:Tensor)->Any: # the figure of some parts
         self.reset()
         self.take(*parts)
         return self.value
@@ -90,13 +97,15 @@ class _Calibration(Metric):
 
 class _Mean(_Calibration):
     "A mean over examples or known entries"
-    def reset(self):
+    total:Any
+
+    def reset(self)->None:
         super().reset()
         self.total = 0.
-    def take(self, values, weight):
+    def take(self, values:Tensor, weight:Tensor)->None:
         self.total = self.total + torch.where(weight > 0, values*weight, 0.).sum()
         self.n = self.n + weight.sum()
-    def figure(self): return self.total/self.n
+    def figure(self)->Any: return self.total/self.n
 
 class _Accuracy(_Mean):
     name = 'accuracy'
@@ -111,24 +120,28 @@ def check_bins(n_bins):
 
 class _Binned(_Calibration):
     "Sums per bin of the confidence, of one row or of one row per class"
-    def __init__(self, n_bins=15, act=None):
+    counts:Any
+    confidence:Any
+    correct:Any
+
+    def __init__(self, n_bins:int=15, act:Callable|None=None)->None:
         super().__init__(act)
         self.n_bins = check_bins(n_bins)
 
-    def reset(self):
+    def reset(self)->None:
         super().reset()
         self.counts = self.confidence = self.correct = 0.
 
-    def bins(self, p, right): # p and right (R, M) with nan in `right` for what is left out
+    def bins(self, p:Tensor, right:Tensor)->None: # p and right (R, M) with nan in `right` for what is left out
         edges = torch.arange(1, self.n_bins, dtype=torch.float64, device=p.device)/self.n_bins
         which,known = torch.bucketize(p, edges, right=True),~right.isnan()
         sums = lambda v: torch.zeros(len(p), self.n_bins, dtype=torch.float64, device=p.device).scatter_add_(1, which, v.masked_fill(~known, 0.))
         self.counts,self.confidence,self.correct = self.counts+sums(torch.ones_like(p)),self.confidence+sums(p),self.correct+sums(right)
         self.n = self.n + known.sum()
 
-    def parts(self, rows): return confidence_of(rows)
-    def take(self, p, right): self.bins(p.reshape(1, -1), right.reshape(1, -1))
-    def gaps(self): return (self.correct-self.confidence).abs()/self.counts.clamp(min=1) # mean accuracy against mean confidence, per bin
+    def parts(self, rows:Rows)->tuple: return confidence_of(rows)
+    def take(self, p:Tensor, right:Tensor)->None: self.bins(p.reshape(1, -1), right.reshape(1, -1))
+    def gaps(self)->Tensor: return (self.correct-self.confidence).abs()/self.counts.clamp(min=1) # mean accuracy against mean confidence, per bin
 
 # %% ../../nbs/61_calibration.metrics.ipynb #6e7709f8
 class ECE(_Binned):
@@ -136,13 +149,13 @@ class ECE(_Binned):
     def __init__(self,
         n_bins:int=15, # Bins of the confidence, equally wide
         norm:str='l1', # 'l1': mean gap; 'l2': root of the mean squared gap; 'max': largest gap
-        act=None, # Turns predictions into probabilities. None: the activation of the loss
-    ):
+        act:Callable|None=None, # Turns predictions into probabilities. None: the activation of the loss
+    )->None:
         super().__init__(n_bins, act)
         if norm not in ('l1', 'l2', 'max'): raise ValueError(f"norm must be 'l1', 'l2' or 'max', but got {norm!r}.")
         self.norm = norm
 
-    def figure(self):
+    def figure(self)->Tensor:
         "Of all bins"
         share,gap = (self.counts/self.counts.sum())[0],self.gaps()[0]
         return gap.max() if self.norm == 'max' else (share*gap).sum() if self.norm == 'l1' else (share*gap**2).sum().sqrt()
@@ -151,19 +164,19 @@ class MCE(ECE):
     "Maximum calibration error: the largest gap of a bin. Guo et al. 2017, https://arxiv.org/abs/1706.04599"
     def __init__(self,
         n_bins:int=15, # Bins of the confidence, equally wide
-        act=None, # Turns predictions into probabilities. None: the activation of the loss
-    ): super().__init__(n_bins, 'max', act)
+        act:Callable|None=None, # Turns predictions into probabilities. None: the activation of the loss
+    )->None: super().__init__(n_bins, 'max', act)
 
 class ClasswiseECE(_Binned):
     "The calibration error of each class against the rest, averaged. Kull et al. 2019, https://arxiv.org/abs/1910.12656"
     def __init__(self,
         n_bins:int=15, # Bins of the probability, equally wide
-        act=None, # Turns predictions into probabilities. None: the activation of the loss
-    ): super().__init__(n_bins, act)
+        act:Callable|None=None, # Turns predictions into probabilities. None: the activation of the loss
+    )->None: super().__init__(n_bins, act)
 
-    def parts(self, rows): return rows.p,rows.q
-    def take(self, p, right): self.bins(p.T.contiguous(), right.T.contiguous())
-    def figure(self):
+    def parts(self, rows:Rows)->tuple[Tensor,Tensor]: return rows.p,rows.q
+    def take(self, p:Tensor, right:Tensor)->None: self.bins(p.T.contiguous(), right.T.contiguous())
+    def figure(self)->Tensor:
         "Mean over the classes that are predicted or there"
         n = self.counts.sum(1, keepdim=True)
         each = (self.counts/n.clamp(min=1)*self.gaps()).sum(1)
@@ -172,16 +185,18 @@ class ClasswiseECE(_Binned):
 # %% ../../nbs/61_calibration.metrics.ipynb #aa241548
 class _Kept(_Calibration):
     "Keeps a score and its correctness for each prediction"
-    def reset(self):
+    def reset(self)->None:
         super().reset()
-        self.scores,self.right = [],[]
-    def parts(self, rows): return confidence_of(rows)
-    def take(self, score, right):
-        self.scores.append(score.flatten()), self.right.append(right.flatten())
+        self.scores:list = []
+        self.right:list = []
+    def parts(self, rows:Rows)->tuple: return confidence_of(rows)
+    def take(self, score:Tensor, right:Tensor)->None:
+        self.scores.append(score.flatten())
+        self.right.append(right.flatten())
         self.n = self.n + (~right.isnan()).sum()
 
-    def kept(self): return where_known(torch.cat(self.scores), torch.cat(self.right))
-    def sorted(self, descending=False): # scores in order, and the correctness, shared among equal scores
+    def kept(self)->tuple: return where_known(torch.cat(self.scores), torch.cat(self.right))
+    def sorted(self, descending:bool=False)->tuple: # scores in order, and the correctness, shared among equal scores
         score,right = self.kept()
         score,order = score.sort(descending=descending, stable=True)
         _,group,n = score.unique_consecutive(return_inverse=True, return_counts=True)
@@ -202,12 +217,12 @@ class AdaptiveECE(_Kept):
     "The calibration error over bins of equally many predictions. Nixon et al. 2019, https://arxiv.org/abs/1904.01685"
     def __init__(self,
         n_bins:int=15, # Bins, split as by `numpy.array_split`
-        act=None, # Turns predictions into probabilities. None: the activation of the loss
-    ):
+        act:Callable|None=None, # Turns predictions into probabilities. None: the activation of the loss
+    )->None:
         super().__init__(act)
         self.n_bins = check_bins(n_bins)
 
-    def figure(self):
+    def figure(self)->Tensor:
         "Of bins of as many predictions each"
         score,right = self.sorted()
         return part_sums(right-score, self.n_bins)[0].abs().sum()/len(score)
@@ -217,8 +232,8 @@ class AURC(_Kept):
     def __init__(self,
         score:str='msp', # 'msp': the highest probability; 'logit_norm': the highest logit over the norm of the logits, Cattelan & Silva 2023
         p:float=2, # Of the norm, above 0
-        act=None, # Turns predictions into probabilities. None: the activation of the loss
-    ):
+        act:Callable|None=None, # Turns predictions into probabilities. None: the activation of the loss
+    )->None:
         super().__init__(act)
         if score not in ('msp', 'logit_norm'): raise ValueError(f"score must be 'msp' or 'logit_norm', but got {score!r}.")
         if not p > 0: raise ValueError(f"p must be above 0, but got {p!r}.")
@@ -226,7 +241,7 @@ class AURC(_Kept):
 
     @property
     def name(self)->str: return 'aurc' if self.score == 'msp' else 'aurc_logit_norm'
-    def parts(self, rows):
+    def parts(self, rows:Rows)->tuple[Tensor,Tensor]:
         confidence,right = decision_of(rows)
         if self.score == 'logit_norm':
             if rows.binary: raise ValueError("score='logit_norm' compares the logits of exclusive classes: use 'msp' for several labels.")
@@ -235,11 +250,11 @@ class AURC(_Kept):
             confidence = torch.where(norm > 0, z.amax(1)/norm, 0.)
         return confidence,right
 
-    def risks(self): # (M,)
+    def risks(self)->Tensor: # (M,)
         "The error rate among the 1, 2, ..., M most confident"
         _,right = self.sorted(descending=True)
         return (1-right).cumsum(0)/torch.arange(1, len(right)+1, device=right.device)
-    def figure(self):
+    def figure(self)->Tensor:
         "Mean risk over all coverages"
         return self.risks().mean()
 
@@ -247,7 +262,7 @@ class AUGRC(AURC):
     "Area under the generalised risk-coverage curve: the risk that an answer is given and wrong, over all coverages. Traub et al. 2024, https://arxiv.org/abs/2407.01032"
     @property
     def name(self)->str: return 'augrc' if self.score == 'msp' else 'augrc_logit_norm'
-    def figure(self):
+    def figure(self)->Tensor:
         "By the trapezoidal rule between the coverages of one and of all"
         risks = self.risks()
         n = len(risks)
@@ -291,7 +306,7 @@ class SmoothECE(_Kept):
             else: high = middle
         return high
 
-    def figure(self):
+    def figure(self)->float:
         "The mean size of the smoothed gaps"
         return self.smoothed(self.width())
 
@@ -307,7 +322,7 @@ class SmoothECE(_Kept):
 
 class DebiasedCE(AdaptiveECE):
     "Root of the mean squared gap, over bins of equally many predictions, without what chance puts into it. Kumar et al. 2019, https://arxiv.org/abs/1909.10155"
-    def figure(self):
+    def figure(self)->Tensor:
         "0 where the gaps are smaller than chance makes them"
         score,right = self.kept()
         right,first = right.sort() # so that the order of equal scores is always the same
@@ -321,7 +336,7 @@ class DebiasedCE(AdaptiveECE):
 class NLL(_Mean):
     "Negative log-likelihood of the labels in nats, whatever the training loss. Never inf: a probability of 0 counts as the smallest number"
     def parts(self,
-        rows # Rows of a batch
+        rows:Rows # Rows of a batch
     )->tuple: # Values and their weights, (n,) each
         "Negative log-likelihood of each row"
         return nll_of(rows)
@@ -329,7 +344,7 @@ class NLL(_Mean):
 class Brier(_Mean):
     "Brier score: squared distance of the probabilities from the label, summed over the classes, mean over the examples. Brier 1950"
     def parts(self,
-        rows # Rows of a batch
+        rows:Rows # Rows of a batch
     )->tuple: # Values and their weights, (n,) each
         "Brier score of each row, 0 weight without a known label"
         return (rows.p-rows.q).square().nansum(1),(~rows.q.isnan()).any(1).double()
@@ -345,7 +360,7 @@ def right(self:Predictions)->Tensor: # (M,), or one per known entry
 
 @patch
 def figures(self:Predictions,
-    names=tuple(FIGURES), # Which; also 'smooth_ece', 'debiased_ce' and 'augrc'
+    names:Iterable[str]=tuple(FIGURES), # Which; also 'smooth_ece', 'debiased_ce' and 'augrc'
 )->dict: # Names to numbers
     "Accuracy, and the figures of the metrics of the same name"
     made = {name: MORE_FIGURES[name]() for name in names}

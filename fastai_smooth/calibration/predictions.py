@@ -9,9 +9,11 @@ __all__ = ['Predictions', 'rescale', 'gather']
 
 # %% ../../nbs/60_calibration.predictions.ipynb #b44e6ba2
 import copy
+from collections.abc import Callable, Iterable
 from functools import partial
 from numbers import Integral
 from operator import length_hint
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -96,9 +98,9 @@ class Rows:
     # z: predictions (M, K); q: targets (M, K) in float64 that sum to 1, or 0 and 1 for several labels, nan where unknown; mass: of the targets, 0 where
     # ignored; example: which one of the batch a row belongs to; act: from such rows in float64 to probabilities; form: see `form_of`, 'shares' are
     # probabilities of exclusive classes; binary: whether each class is a question of its own; axis, ndim: class dimension and dimensions of the batch
-    def __init__(self, z, q, mass, example, act, form, binary=False, axis=-1, ndim=2):
+    def __init__(self, z:Tensor, q:Tensor, mass:Tensor, example:Tensor, act:Callable, form:str, binary:bool=False, axis:int=-1, ndim:int=2)->None:
         self.z,self.q,self.mass,self.example,self.act,self.form,self.binary,self.axis,self.ndim = z,q,mass,example,act,form,binary,axis,ndim
-        self.problems = [] # what `refuse` has put off
+        self.problems:list = [] # what `refuse` has put off
 
     def __len__(self)->int: return len(self.z)
     def __getitem__(self, i): # of the same class, with these rows
@@ -116,7 +118,7 @@ class Rows:
                                        "how predictions become probabilities, such as act=partial(torch.softmax, dim=1).", self.problems)
         return self._p
 
-    def placed(self, rows)->Tensor: # As a batch of the model
+    def placed(self, rows:Tensor)->Tensor: # As a batch of the model
         "Rows (M, K) of this form, with the classes where the model has them"
         return in_place(rows, self.ndim, self.axis)
 
@@ -192,7 +194,7 @@ def as_rows(
     binary |= form == 'sigmoid'
     if form == 'probability' and not binary: form = 'shares'
     if binary and len(shape) == 1: z = z[:,None]
-    problems = []
+    problems:list = []
     z,q,mass = (binary_rows if binary else class_rows)(z, y, axis, ignore, problems)
     example = torch.arange(len(pred), device=z.device).repeat_interleave(len(z)//max(len(pred), 1))
     rows = Rows(z, q, mass, example, on_rows, form, binary, axis, len(shape))
@@ -209,17 +211,21 @@ def in_place(rows, ndim, axis):
 # %% ../../nbs/60_calibration.predictions.ipynb #ba97d831
 class Predictions(Rows):
     "Predictions and targets of a data set, a row per example, or per pixel that is not ignored"
+    if TYPE_CHECKING: # added by `metrics`
+        def right(self)->Tensor: ...
+        def figures(self, names:Iterable[str]=...)->dict: ...
+
     def __init__(self,
         z:Tensor, # Predictions (M, K)
         q:Tensor, # Targets (M, K) in float64 that sum to 1; for several labels 0 and 1, nan where unknown
         example:Tensor, # Number of the example in the data set, (M,)
-        act, # From rows of predictions in float64 to probabilities
+        act:Callable, # From rows of predictions in float64 to probabilities
         form:str, # What the predictions are, see `form_of`; 'shares' are probabilities of exclusive classes
         binary:bool=False, # Whether each class is a question of its own
         axis:int=-1, # Class dimension of the model's predictions
         mass:Tensor|None=None, # Of the targets, (M,). None: 1 each
         ndim:int=2, # Of the model's predictions
-    ):
+    )->None:
         super().__init__(z, q, torch.ones(len(z), dtype=torch.float64) if mass is None else mass, example, act, form, binary, axis, ndim)
         if not len(z) or q.isnan().all(): raise ValueError("There is nothing to score: no example, or every label is ignored.")
         if (broken := self.broken()).any():
@@ -230,8 +236,8 @@ class Predictions(Rows):
     def of(cls,
         pred:Tensor, # Predictions (N, K, *)
         target:Tensor, # Targets
-        loss, # Says what the predictions are
-        act=None, # Activation, if the loss does not say it
+        loss:Callable, # Says what the predictions are
+        act:Callable|None=None, # Activation, if the loss does not say it
     )->'Predictions':
         "Of one batch"
         return cls.of_rows(as_rows(pred, target, loss, act))
@@ -247,7 +253,7 @@ class Predictions(Rows):
     def __repr__(self): return f"Predictions({len(self)} rows, {self.z.shape[1]} {'labels' if self.binary else 'classes'})"
 
     def scaled(self,
-        temperature, # A number, one per label (K,), or one per row (M, 1)
+        temperature:float|Tensor, # A number, one per label (K,), or one per row (M, 1)
     )->'Predictions':
         "With probabilities after a temperature"
         new = copy.copy(self)
@@ -349,10 +355,10 @@ class Collect(Callback):
 
 # %% ../../nbs/60_calibration.predictions.ipynb #f2067ea2
 def gather(
-    learn, # The `Learner`
-    dl=None, # Data loader with labels. None: the one of `ds_idx`
+    learn:Learner, # The `Learner`
+    dl:Any=None, # Data loader with labels. None: the one of `ds_idx`
     ds_idx:int=1, # 0: training set, 1: validation set
-    act=None, # Activation of the predictions, if the loss does not say it
+    act:Callable|None=None, # Activation of the predictions, if the loss does not say it
     max_elements:int=2**27, # Rows times classes to keep; of more, such as those of many masks, a random sample is kept
 )->Predictions:
     "What a learner says about a data set. The learner stays as it is; nan predictions or nothing to score: ValueError"

@@ -13,7 +13,9 @@ __all__ = ['LOWEST', 'HIGHEST', 'VIRTUAL', 'TOLD', 'SHRINKAGE', 'total_nll', 'wi
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +112,7 @@ def fit_temperature(
         if empty: warnings.warn(f"Label{numbers(empty)} has no positive or no negative in these data: its temperature is that of all labels together.")
         if untold: warnings.warn(f"The data cannot tell the temperature of label{numbers(untold)}: it comes largely from the other labels.")
         ends = [f' of label {k}' for k, t in enumerate(each) if not LOWEST*1.01 < t < HIGHEST/1.01]
-        t = torch.tensor(each, dtype=torch.float64)
+        t:Any = torch.tensor(each, dtype=torch.float64)
     else:
         t = most_probable(predictions)
         ends = [''] if not LOWEST*1.01 < t < HIGHEST/1.01 else []
@@ -188,12 +190,12 @@ class ScaledModel(nn.Module):
         temperature:float|Tensor, # T, one number or one per label
         form:str='softmax', # See `Predictions.form`
         axis:int=-1, # Class dimension
-    ):
+    )->None:
         super().__init__()
         self.register_buffer('temperature', torch.as_tensor(temperature, dtype=torch.float32)) # before the model, which may have one itself
         self.model,self.form,self.axis = model,form,axis
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args:Any, **kwargs:Any)->Any:
         out = self.model(*args, **kwargs)
         z = out if isinstance(out, Tensor) else out[0]
         t = self.temperature.to(z.dtype)
@@ -238,16 +240,17 @@ class TemperatureScaling:
     "Find the temperature of a learner and make a calibrated learner of it. Guo et al. 2017, https://arxiv.org/abs/1706.04599"
     def __init__(self,
         learn:Learner, # A trained learner; it stays as it is
-        act=None, # Activation of the predictions, if the loss does not say it
-    ):
-        self.learn,self.act,self.temperature = learn,act,None
+        act:Callable|None=None, # Activation of the predictions, if the loss does not say it
+    )->None:
+        self.learn,self.act = learn,act
+        self.temperature:float|Tensor|None = None
 
     def __repr__(self):
         t = self.temperature
         return f"TemperatureScaling({'not fitted' if t is None else f'temperature={t.tolist() if isinstance(t, Tensor) else t}'})"
 
     def fit(self,
-        dl=None, # Data loader of held-out data with labels. None: the validation set
+        dl:Any=None, # Data loader of held-out data with labels. None: the validation set
         allow_train:bool=False, # Whether it may be the training set, on which a model is surer than it should be
     )->Learner: # With its own copy of the model and `.temperature`, whose `predict`, `get_preds` and `export` give calibrated probabilities
         "Fit the temperature by the negative log-likelihood, whatever the training loss. The training set: ValueError, unless allowed"

@@ -77,6 +77,12 @@ def is_float(x): return isinstance(x, float) or (isinstance(x, Tensor) and x.is_
 # %% ../../nbs/42_callback.batch_target.ipynb #bedceace
 class BatchTarget(Tensor):
     "A target of a training batch: labels or a dense target, which knows how it is blended and the hard label of each row"
+    plain:Tensor
+    form:Form
+    kept:Tensor|None
+    moves:int
+    touched:bool
+
     @classmethod
     def of(cls,
         plain:Tensor, # Labels or dense target
@@ -108,10 +114,10 @@ class BatchTarget(Tensor):
     def __reduce_ex__(self, protocol): return self.plain.__reduce_ex__(protocol)
     def __deepcopy__(self, memo): return copy.deepcopy(self.plain, memo)
     # `y *= .5` of labels blends, as `y = y*.5` does
-    def __imul__(self, other): return self*other if self.is_labels and is_float(other) else super().__imul__(other)
-    def __iadd__(self, other): return self+other if self.is_labels and is_float(other) else super().__iadd__(other)
-    def __isub__(self, other): return self-other if self.is_labels and is_float(other) else super().__isub__(other)
-    def __itruediv__(self, other): return self/other if self.is_labels else super().__itruediv__(other)
+    def __imul__(self, other): return self*other if self.is_labels and is_float(other) else super().__imul__(other) # type: ignore[misc] # blends
+    def __iadd__(self, other): return self+other if self.is_labels and is_float(other) else super().__iadd__(other) # type: ignore[misc] # blends
+    def __isub__(self, other): return self-other if self.is_labels and is_float(other) else super().__isub__(other) # type: ignore[misc] # blends
+    def __itruediv__(self, other): return self/other if self.is_labels else super().__itruediv__(other) # type: ignore[misc] # blends
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -175,6 +181,12 @@ def encoded_args(args, labels):
 # %% ../../nbs/42_callback.batch_target.ipynb #27bb7c07
 class BlendedTarget(MixedTarget):
     "A mixture of labels of a batch, which knows the hard label of each row"
+    plain:Tensor
+    form:Form
+    kept:Tensor|None
+    moves:int
+    touched:bool
+
     @classmethod
     def of(cls, mixture, form, kept, moves, touched):
         new = object.__new__(cls)

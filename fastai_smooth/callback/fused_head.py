@@ -8,9 +8,12 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.fused_head.html.md"
 __all__ = ['own_parameters', 'last_linear', 'check_fusable', 'FusedHead']
 
 # %% ../../nbs/46_callback.fused_head.ipynb #e3b57404
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
+from fastai.learner import Learner
 from fastai.losses import BaseLoss
 from fastai.torch_core import get_model
 from torch import nn
@@ -73,19 +76,19 @@ class FusedHead(TrainingPassCallback):
     _head = None # the hook of the pass that is running
     def __init__(self,
         layer:str|None=None # Name of the last layer, as in `model.named_modules()`. None: the last module with parameters
-    ): self.layer = layer
+    )->None: self.layer = layer
 
     def __repr__(self): return f'FusedHead({"" if self.layer is None else f"layer={self.layer!r}"})'
 
     @property
-    def learn(self): return self.__dict__.get('_learn')
+    def learn(self)->Any: return self.__dict__.get('_learn')
     @learn.setter
-    def learn(self, value):
+    def learn(self, value)->None:
         self.__dict__['_learn'] = value
         if value is None and self._head is not None: self._head.active = False # removed in the middle of a pass
 
     @contextmanager
-    def around_train(self, learn):
+    def around_train(self, learn:Learner)->Iterator[None]:
         check_fusable(learn)
         self.name_of_layer,layer = last_linear(learn.model, self.layer)
         self._head = LazyHead()
@@ -95,10 +98,10 @@ class FusedHead(TrainingPassCallback):
             handle.remove()
             self._head = None
 
-    def before_batch(self):
+    def before_batch(self)->None:
         if self._head is not None: self._head.calls = 0
 
-    def after_pred(self):
+    def after_pred(self)->None:
         if self._head is None: return
         pred = self.learn.pred
         if self._head.calls == 1 and any(isinstance(z, LazyLogits) for z in (pred if isinstance(pred, (tuple, list)) else (pred,))): return
@@ -108,5 +111,5 @@ class FusedHead(TrainingPassCallback):
         raise ValueError(f"FusedHead needs a last layer whose output the model returns as it is, but {self.name_of_layer!r} {what}. "
                          "If the predictions come from another layer, give its name: FusedHead(layer=...).")
 
-    def after_step(self):
+    def after_step(self)->None:
         if self._head is not None: self._head.steps += 1

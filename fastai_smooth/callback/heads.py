@@ -10,6 +10,7 @@ __all__ = []
 # %% ../../nbs/43_callback.heads.ipynb #fd4eae75
 import random
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def target_for(
     head:Head, # A target of the pass
     y, # What the callbacks made of it
     pred, # The predictions for it
-    eps:float|Tensor|None, # Smoothing strength of this moment, None for a target that is not smoothed
+    eps:Any, # Smoothing strength of this moment, None for a target that is not smoothed
     inputs, # What the model was called with
 )->tuple: # The loss of the target, and what it is called with
     "Give the loss of a target its strength; smooth the target itself if the loss has none"
@@ -284,13 +285,14 @@ def first_targets(
     learn # The `Learner`
 )->tuple|None: # The targets of the first validation item; None where items have no numbers
     "What the validation set gives as targets"
-    loaders = getattr(learn.dls, 'loaders', ())
-    loader = loaders[1] if len(loaders) > 1 else None
+    loaders:Any = getattr(learn.dls, 'loaders', ())
+    loader:Any = loaders[1] if len(loaders) > 1 else None
     loader = getattr(loader, '__dict__', {}).get('dl', loader) # fastai's DistributedDL holds the loader that it shares out
-    dataset = getattr(loader, 'dataset', None)
+    dataset:Any = getattr(loader, 'dataset', None)
     if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, '__getitem__') or not len(loader): return None
+    item:Any
     with same_randomness(): item = loader.do_item(0) if isinstance(loader, DataLoader) else dataset[0]
-    return item[getattr(learn.dls, 'n_inp', len(item)-1):] if isinstance(item, (tuple, list)) else None
+    return tuple(item[getattr(learn.dls, 'n_inp', len(item)-1):]) if isinstance(item, (tuple, list)) else None
 
 def form_of(y, in_batch):
     "Whether a target is floating, and how many dimensions it has in a batch"

@@ -8,11 +8,14 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.mixers.html.md"""
 __all__ = ['OneOf', 'CutMixMask', 'TimmMix']
 
 # %% ../../nbs/45_callback.mixers.ipynb #f8cedb05
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixHandler
+from fastai.learner import Learner
 from torch import Tensor
 
 from .training_pass import StandIn, TrainingPassCallback, put_back_loss
@@ -39,45 +42,45 @@ class OneOf(TrainingPassCallback):
     "Run one of several mixers on each training batch, drawn anew from torch's generator"
     _batch_events = ('after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step '
                      'after_cancel_batch after_batch').split()
-    _drawn = None # position of the mixer of the current batch
+    _drawn:int|None = None # position of the mixer of the current batch
     _stateattrs = ('_drawn', 'in_pass')
 
     def __init__(self,
-        *cbs, # Mixers, such as fastai's `MixUp()` and `CutMix()`
-        p=None, # Probability of each, at least 0, together at most 1; the rest of the batches is left alone. None: all alike
-    ):
-        cbs = [cb() if isinstance(cb, type) else cb for cb in cbs]
-        if not cbs: raise ValueError("OneOf needs at least one mixer, for example OneOf(MixUp(), CutMix()).")
-        for cb in cbs:
+        *cbs:Callback, # Mixers, such as fastai's `MixUp()` and `CutMix()`
+        p:Sequence[float]|None=None, # Probability of each, at least 0, together at most 1; the rest of the batches is left alone. None: all alike
+    )->None:
+        mixers = [cb() if isinstance(cb, type) else cb for cb in cbs]
+        if not mixers: raise ValueError("OneOf needs at least one mixer, for example OneOf(MixUp(), CutMix()).")
+        for cb in mixers:
             if not isinstance(cb, Callback): raise TypeError(f"OneOf takes callbacks, but got {cb!r}.")
-        p = [1/len(cbs)]*len(cbs) if p is None else [float(v) for v in p]
-        if len(p) != len(cbs): raise ValueError(f"p has {len(p)} probabilities for {len(cbs)} mixers.")
+        p = [1/len(mixers)]*len(mixers) if p is None else [float(v) for v in p]
+        if len(p) != len(mixers): raise ValueError(f"p has {len(p)} probabilities for {len(mixers)} mixers.")
         if not all(v >= 0 for v in p) or sum(p) > 1+1e-6: raise ValueError(f"p must be at least 0 each and at most 1 together, but got {p}.")
-        self.mixers,self.p,self.order = cbs,p,min(cb.order for cb in cbs)
+        self.mixers,self.p,self.order = mixers,p,min(cb.order for cb in mixers)
 
     @property
-    def learn(self): return self.__dict__.get('_learn')
+    def learn(self)->Any: return self.__dict__.get('_learn')
     @learn.setter
-    def learn(self, value):
+    def learn(self, value)->None:
         self.__dict__['_learn'] = value
         for cb in self.__dict__.get('mixers', ()): cb.learn = value
 
     @property
-    def chosen(self): # A mixer, or None
+    def chosen(self)->Callback|None: # A mixer, or None
         "The mixer of the current batch"
         return None if self._drawn is None else self.mixers[self._drawn]
 
     def __repr__(self): return f"OneOf({', '.join(map(repr, self.mixers))}, p={self.p})"
 
     @contextmanager
-    def around_train(self, learn):
+    def around_train(self, learn:Learner)->Iterator[None]:
         before = learn.loss_func
         try: yield
         finally:
             put_back_loss(learn, before)
             self._drawn = None
 
-    def before_train(self):
+    def before_train(self)->None:
         "Let each mixer prepare itself as if it were alone"
         user,losses = self.learn.loss_func,[]
         for cb in self.mixers:
@@ -86,12 +89,12 @@ class OneOf(TrainingPassCallback):
             self.learn.loss_func = user
         self.learn.loss_func = OneOfLoss(user, self, losses)
 
-    def before_batch(self):
-        i = torch.multinomial(torch.tensor([*self.p, max(1-sum(self.p), 0.)]), 1).item()
+    def before_batch(self)->None:
+        i = int(torch.multinomial(torch.tensor([*self.p, max(1-sum(self.p), 0.)]), 1).item())
         self._drawn = i if i < len(self.mixers) else None
         if self.chosen is not None: self.chosen('before_batch')
 
-    def __call__(self, event_name):
+    def __call__(self, event_name:str)->None:
         super().__call__(event_name)
         if not self.run or event_name in ('before_train', 'before_batch'): return
         if event_name not in self._batch_events:
@@ -129,13 +132,13 @@ class CutMixMask(CutMix):
     "CutMix for segmentation: the same box of another example is pasted into image and mask. Yun et al. 2019, https://arxiv.org/abs/1905.04899"
     def __init__(self,
         alpha:float=1. # Of the Beta distribution that the share of the image outside the box is drawn from
-    ):
+    )->None:
         super().__init__(alpha)
 
     stack_y = False # nothing is blended, so the loss is the loss
-    def before_train(self): "The loss stays in place"
+    def before_train(self)->None: "The loss stays in place"
 
-    def before_batch(self):
+    def before_batch(self)->None:
         "Paste the box. A target without the spatial size of the images: ValueError"
         image = self.learn.xb[0]
         n,(h,w),device = len(image),image.shape[-2:],image.device
@@ -165,7 +168,7 @@ class TimmDraws(MixHandler):
         switch_prob:float=.5, # Probability of CutMix where both are on
         mode:str='batch', # What shares one draw: 'batch', 'pair' or 'elem' (every example has its own)
         correct_lam:bool=True, # Weight labels by the area of the box inside the image rather than by what was drawn
-    ):
+    )->None:
         check_choice(mode, ('batch', 'pair', 'elem'), 'mode')
         for name, value in (('mixup_alpha', mixup_alpha), ('cutmix_alpha', cutmix_alpha)):
             if not value >= 0: raise ValueError(f"{name} must be at least 0, but got {value!r}.")
@@ -213,12 +216,12 @@ class TimmMix(TimmDraws, TrainingPassCallback):
     stack_y = False # also where a fit ends before its first pass
 
     @contextmanager
-    def around_train(self, learn):
+    def around_train(self, learn:Learner)->Iterator[None]:
         before = learn.loss_func # a `MixHandler` leaves its own behind after an error
         try: yield
         finally: put_back_loss(learn, before)
 
-    def before_batch(self):
+    def before_batch(self)->None:
         "Mix each example with its mirror image. Images without height and width under CutMix: ValueError"
         x = self.learn.xb[0]
         n = len(x)

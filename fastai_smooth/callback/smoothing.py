@@ -8,8 +8,10 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.smoothing.html.md""
 __all__ = ['LabelSmoothing']
 
 # %% ../../nbs/44_callback.smoothing.ipynb #8f9b41b4
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastai.callback.core import Callback
@@ -17,6 +19,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
+from fastai.learner import Learner
 from torch import Tensor, nn
 
 from .batch_target import BatchTarget
@@ -26,24 +29,26 @@ from .training_pass import StandIn, TrainingPassCallback, carried_by, put_back_l
 from ..distributions import Distribution, check_distribution
 from ..kernels import check_reported_labels
 from ..losses import MultiTargetLoss, SmoothingLoss, loss_settings
-from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, check_choice, check_eps, is_mixed, read_eps
+from ..targets import BINARY_CONVENTIONS, SOFTMAX_CONVENTIONS, Eps, check_choice, check_eps, is_mixed, read_eps
+
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../../nbs/44_callback.smoothing.ipynb #d2e85d7b
 class SmoothingSettings(TrainingPassCallback):
     "What `LabelSmoothing` was told, for each target"
     def __init__(self,
-        eps:float=0.1, # Smoothing strength in [0, 1]: a number, one per class, or a schedule called with `pct_train`
-        dist:nn.Module|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+        eps:Eps|Callable[[float],Any]|dict=0.1, # Smoothing strength in [0, 1]: a number, one per class, or a schedule called with `pct_train`
+        dist:Distribution|dict|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
         *,
-        n_classes:int|None=None, # Number of classes. None: from the weight of the loss or the `DataLoaders`
-        axis:int|None=None, # Class dimension of predictions. None: that of the loss
-        convention:str|None=None, # What eps means. None: 'uniform', and for binary losses 'half' (multi-hot) or 'uniform' (indices)
-        target:int=0, # Which of several targets to smooth: a position or a tuple of them. Each setting may then be a dict by position
+        n_classes:int|dict|None=None, # Number of classes. None: from the weight of the loss or the `DataLoaders`
+        axis:int|dict|None=None, # Class dimension of predictions. None: that of the loss
+        convention:str|dict|None=None, # What eps means. None: 'uniform', and for binary losses 'half' (multi-hot) or 'uniform' (indices)
+        target:int|Sequence[int]=0, # Which of several targets to smooth: a position or a tuple of them. Each setting may then be a dict by position
         negative:bool=False, # Allow eps below 0
-    ):
+    )->None:
         self.eps,self.dist,self.n_classes,self.axis = eps,dist,n_classes,axis
         self.convention,self.target,self.negative = convention,target,negative
-        self.targets = (int(target),) if isinstance(target, Integral) else tuple(target)
+        self.targets = (int(target),) if isinstance(target, (int, Integral)) else tuple(target)
         if not self.targets or len(set(self.targets)) < len(self.targets) or not all(isinstance(t, Integral) and t is not True for t in self.targets):
             raise ValueError(f"target must be a position, or several different ones, but got {target!r}.")
         for name in ('eps', 'dist', 'n_classes', 'axis', 'convention'):
@@ -62,7 +67,7 @@ class SmoothingSettings(TrainingPassCallback):
     def setting(self,
         name:str, # Of an argument
         target:int, # Which target
-    ): # Its value
+    )->Any: # Its value
         "A setting for one of the targets"
         value = getattr(self, name)
         return value.get(target) if isinstance(value, dict) else value
@@ -81,8 +86,8 @@ class SmoothingSettings(TrainingPassCallback):
         return check_eps(eps(min(share, 1.)) if callable(eps) else eps, self.negative)
 
     def plot_eps(self,
-        ax=None # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None # Axes to draw in
+    )->'Axes': # The axes
         "Draw the strength over a fit: a line per target, or per class where there is one strength for each"
         import matplotlib.pyplot as plt
         if ax is None: _,ax = plt.subplots(figsize=(5, 3), layout='constrained')
@@ -201,12 +206,12 @@ def forget_targets(
 class SmoothingPass(SmoothingSettings):
     "What `LabelSmoothing` does at the start of a training pass"
     _carried = None # what makes checkpoints carry the state of the distributions
-    _pass = None # the `SmoothedLoss` of the training pass that is running
+    _pass:Any = None # the `SmoothedLoss` of the training pass that is running
 
     @property
-    def learn(self): return self.__dict__.get('_learn')
+    def learn(self)->Any: return self.__dict__.get('_learn')
     @learn.setter
-    def learn(self, value):
+    def learn(self, value)->None:
         self.__dict__['_learn'] = value
         if value is None and self._pass is not None: self._pass.active = False # removed in the middle of a pass
         self._carry_state()
@@ -236,7 +241,7 @@ class SmoothingPass(SmoothingSettings):
     def _carry_state(self): self._carried = carried_by(getattr(self.learn, 'model', None), self.dists(), self._carried)
 
     def training_loss(self,
-        learn # The `Learner`
+        learn:Learner # The `Learner`
     )->SmoothedLoss: # Stands for the user's loss while a training pass runs
         "Check that this callback fits the learner, before anything is trained"
         user = learn.loss_func
@@ -250,7 +255,7 @@ class SmoothingPass(SmoothingSettings):
 
     def read(self,
         loss:SmoothedLoss # The loss of a pass
-    ):
+    )->None:
         "Read the user's loss. A combination that has no meaning: ValueError"
         user,learn = loss.user,loss.learn
         soft,dists = soft_loss(user),self.dists()
@@ -272,9 +277,9 @@ class SmoothingPass(SmoothingSettings):
 
     def loss(self,
         loss:SmoothedLoss, # The loss of this training pass
-        pred, # Predictions
+        pred:Any, # Predictions
         yb:tuple, # Targets, as the mixers left them
-        **kwargs # Passed on
+        **kwargs:Any # Passed on
     )->Tensor: # Loss of the smoothed targets
         "The loss of a batch. Override it for a loss that is made of several"
         value = loss.smoothed(pred, yb, self.current_eps, **kwargs)
@@ -311,10 +316,10 @@ class LabelSmoothing(SmoothingPass):
     "Smooth the targets of training batches just before the loss, after whatever mixers did to them"
     order = -100 # targets are encoded before, and restored before, every other callback looks at them
     _stateattrs = ('_pass', '_before', 'log', 'in_pass')
-    log = () # the strength (its mean over the classes) of each batch of the last fit, where a schedule says it
+    log:Any = () # the strength (its mean over the classes) of each batch of the last fit, where a schedule says it
 
     @contextmanager
-    def around_train(self, learn):
+    def around_train(self, learn:Learner)->Iterator[None]:
         self._before = learn.loss_func # until somebody gives the learner another one
         self._pass = learn.loss_func = self.training_loss(learn)
         if learn.train_iter == 0: self.log = [] # a new fit
@@ -348,17 +353,17 @@ class LabelSmoothing(SmoothingPass):
         self._pass = self.learn.loss_func = self.training_loss(self.learn)
         self._pass.given = given
 
-    def before_batch(self):
+    def before_batch(self)->None:
         if self._pass is None or not self.learn.yb: return
         self._adopt()
         if self._pass.fresh: self.read(self._pass) # as it is after everybody's `before_train`
         self._pass.fresh = False
         self._pass.wrap()
 
-    def after_pred(self):
+    def after_pred(self)->None:
         if self._pass is not None and self.learn.training and self.learn.yb: self._adopt()
 
-    def after_loss(self):
+    def after_loss(self)->None:
         loss = self._pass
         if loss is not None and loss.given is not None:
             scheduled = next((t for t in self.targets if callable(self.setting('eps', t))), None)
@@ -368,10 +373,10 @@ class LabelSmoothing(SmoothingPass):
             loss.teach(self.learn.pred)
         self.put_back()
 
-    def put_back(self):
+    def put_back(self)->None:
         "Make the targets of the batch hard again"
         if self._pass is not None: self._pass.restore()
 
-    def after_cancel_batch(self): self.put_back()
-    def after_batch(self): self.put_back()
-    def after_cancel_train(self): self.put_back()
+    def after_cancel_batch(self)->None: self.put_back()
+    def after_batch(self)->None: self.put_back()
+    def after_cancel_train(self)->None: self.put_back()

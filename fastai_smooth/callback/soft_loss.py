@@ -8,8 +8,10 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.soft_loss.html.md""
 __all__ = ['soft_loss']
 
 # %% ../../nbs/40_callback.soft_loss.ipynb #6ff09bdb
+from collections.abc import Callable
 from functools import partial, singledispatch, wraps
 from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import torch.nn.functional as F
 from fastai.losses import BaseLoss, BCEWithLogitsLossFlat, DiceLoss, FocalLoss
@@ -47,14 +49,14 @@ def unknown_loss(
 # %% ../../nbs/40_callback.soft_loss.ipynb #ac88c691
 @singledispatch
 def soft_loss(
-    loss_func # Loss of index targets
-): # The same loss, able to take dense and mixed targets
+    loss_func:Callable # Loss of index targets
+)->Any: # The same loss, able to take dense and mixed targets
     "The soft version of a loss. TypeError for an unknown one: `@soft_loss.register(YourLoss)` adds it"
     if not is_known(loss_func): raise unknown_loss(loss_func)
     return FUNCTIONS[loss_func]()
 
 # %% ../../nbs/40_callback.soft_loss.ipynb #d372f156
-COMPUTES = {} # Classes of other packages in the registry: to the method that computes the loss
+COMPUTES:dict = {} # Classes of other packages in the registry: to the method that computes the loss
 
 def register_class(
     cls:type, # A class of losses

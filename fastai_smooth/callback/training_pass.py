@@ -8,12 +8,15 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/callback.training_pass.html.
 __all__ = ['TrainingPassCallback', 'StandIn']
 
 # %% ../../nbs/41_callback.training_pass.ipynb #607a51bd
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
+from typing import Any
 
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
+from fastai.learner import Learner
 from fastai.torch_core import get_model
 from torch import nn
 
@@ -52,26 +55,26 @@ class TrainingPassCallback(Callback):
     "A callback whose `around_train` is a context manager around each training pass, left however the pass ends"
     run_valid = False
     in_pass = False # whether a pass is running
-    _stateattrs = ('in_pass',)
+    _stateattrs:tuple = ('in_pass',)
 
     @contextmanager
     def around_train(self,
-        learn # The `Learner`
-    ):
+        learn:Learner # The `Learner`
+    )->Iterator[None]:
         "Override: what is done before `yield` is undone after it in a `finally`"
         yield
 
-    def before_epoch(self): self.learn._do_epoch_train = OneShot(self, self.learn)
+    def before_epoch(self)->None: self.learn._do_epoch_train = OneShot(self, self.learn)
 
-    def after_epoch(self):
+    def after_epoch(self)->None:
         top = self.learn.__dict__.get('_do_epoch_train')
         while isinstance(top, OneShot):
             top.take_away()
             top = self.learn.__dict__.get('_do_epoch_train')
 
-    def after_fit(self): self.after_epoch()
+    def after_fit(self)->None: self.after_epoch()
 
-    def __call__(self, event_name):
+    def __call__(self, event_name:str)->Any:
         # Most events are not ours; the general look-up would fall through to the Learner for each of them
         if event_name == 'after_fit' or hasattr(type(self), event_name): return super().__call__(event_name)
 
@@ -81,7 +84,7 @@ def _as_is(x): return x
 class StandIn:
     "Stands for the user's loss while a training pass runs, and passes on to it whatever is asked or set"
     y_int = False # fastai's mixers then blend the targets and leave the loss alone
-    own = () # attributes of a subclass, which are not passed on
+    own:Collection[str] = () # attributes of a subclass, which are not passed on
     sees_through = True # whether it adds nothing to the user's loss but the mixing
     def __init__(self,
         user # The user's loss

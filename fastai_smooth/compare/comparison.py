@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -32,7 +33,9 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from fastprogress import progress_bar
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from ..calibration import Predictions
 from .methods import parse_method
 from .page import write_report
 from .pictures import plot_reliability, png_of
@@ -84,13 +87,13 @@ class Trainings(Question):
         "The learner of one run"
         set_seed(seed, reproducible=True)
         train,valid = self._split(seed)
-        method = self.method_of.get(method) or parse_method(method, self.eps, self.noise)
-        labels = self._shares(method, train) if self.voted else self.source.labels.copy()
+        how = self.method_of.get(method) or parse_method(method, self.eps, self.noise)
+        labels = self._shares(how, train) if self.voted else self.source.labels.copy()
         kind = 'asymmetric' if self.confused else 'symmetric'
-        if method.noise: labels[train] = corrupt_labels(labels[train], method.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
+        if how.noise: labels[train] = corrupt_labels(labels[train], how.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
         dls = self.source.dls(labels, (train, valid), self.bs, self.size)
         model = self._network()
-        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=method.callbacks(dls, self.kind, self.vocab))
+        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=how.callbacks(dls, self.kind, self.vocab))
         return learn.remove_cbs(ProgressCallback)
 
     def _shares(self, method, train):
@@ -117,6 +120,13 @@ class Trainings(Question):
         n = np.isfinite(losses).argmin() if not np.isfinite(losses).all() else len(losses)
         if n < 2: raise ValueError(f"No learning rate can be found for {method}: the loss is nan from the start. Name one with --lr.")
         return valley(lrs[:n].tolist(), losses[:n].tolist(), n)[0]
+
+    def _find_rates(self, progress):
+        "The learning rates of all methods, once and for all seeds"
+        if self.out is not None: self.rates = read_config(self.out).get('rates', {})
+        for m in self.methods: self.lr_of(m)
+        if self.out is not None: self._folder.note(rates=self.rates)
+        if progress: print(self._rate(), flush=True)
 
     def train(self,
         method:str, # See `learner`
@@ -170,7 +180,7 @@ def _train_here(comparison, method, seed, lr, watching):
 @dataclass
 class Comparison(Trainings):
     "Methods side by side on one data set, over seeds. Bad arguments: ValueError"
-    def make_folder(self):
+    def make_folder(self)->None:
         "Make the folder of the results, if there is to be one"
         if self.out is not None: (self.out/'predictions').mkdir(parents=True, exist_ok=True)
 
@@ -180,11 +190,12 @@ class Comparison(Trainings):
         "Train every method with every seed, and score. With `out`, each finished run is kept there at once"
         self.make_folder()
         with self._folder.claim() if self.out is not None else nullcontext():
-            self.rows,self.examples,self.predictions,self.looks = [],{},{} if self.out is None else StoredPredictions(self._stored),self._earlier_looks()
+            self.rows,self.examples,self.looks = [],{},self._earlier_looks()
+            self.predictions:Any = {} if self.out is None else StoredPredictions(self._stored)
             vars(self).pop('_together', None) # what pictures have kept of an earlier run
             if self.lr == 'find': self._find_rates(progress)
             runs = [(m, s) for s in self._seeds for m in self.methods]
-            bar = progress_bar(range(len(runs))) if progress else range(len(runs))
+            bar:Any = progress_bar(range(len(runs))) if progress else range(len(runs))
             for (method, seed), res, _ in zip(runs, self._results(runs, progress), bar):
                 if progress: bar.comment = f'{method}, seed {seed}'
                 self.predictions[method,seed] = res
@@ -196,13 +207,6 @@ class Comparison(Trainings):
                 self._write_report(summary)
                 self._folder.note(looks=[*self.looks, self.seeds])
         return summary
-
-    def _find_rates(self, progress):
-        "The learning rates of all methods, once and for all seeds"
-        if self.out is not None: self.rates = read_config(self.out).get('rates', {})
-        for m in self.methods: self.lr_of(m)
-        if self.out is not None: self._folder.note(rates=self.rates)
-        if progress: print(self._rate(), flush=True)
 
     def _earlier_looks(self):
         "How many seeds the earlier verdicts on these runs had"
@@ -220,7 +224,7 @@ class Comparison(Trainings):
         settings = tuple((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ('out', 'resume', 'rows', 'rates', 'jobs'))
         task = joblib.delayed(_train_here)
         here = settings,self.threads,self.fingerprint
-        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *run, self.lr_of(run[0]), first if run in missing[:1] else ()) for run in missing)
+        trained = joblib.Parallel(self.jobs, return_as='generator')(task(here, *r, self.lr_of(r[0]), first if r in missing[:1] else ()) for r in missing)
         try:
             for run in runs: yield self._keep(next(trained), *run) if run in missing else self._stored(*run)
         except BrokenProcessPool: # joblib's errors of killed processes are of this kind
@@ -264,9 +268,9 @@ class Comparison(Trainings):
         write_text(self.out/'report.html', write_report(self, summary, 'fastai-smooth compare ' + shlex.join(self.arguments()), png))
 
     def as_predictions(self,
-        logits, # (N, K)
-        labels, # (N,), or multi-hot (N, K)
-    ): # `Predictions`
+        logits:Tensor, # (N, K)
+        labels:Tensor, # (N,), or multi-hot (N, K)
+    )->Predictions: # `Predictions`
         "Logits and labels as something to score"
         return predictions_of(logits, labels, self.voted)
 

@@ -11,6 +11,7 @@ __all__ = ['SHOWN', 'Suspects', 'find_suspects', 'thumbnail', 'write_suspects']
 import base64
 import io
 import os
+from typing import Any
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..run_folder import write_text
 class Suspects:
     "Labels that are probably wrong, and the data that they are of"
     issues:LabelIssues # Of the examples that were judged
-    source:object # `LabelledData`
+    source:Any # `LabelledData`
     judged:np.ndarray # Item numbers of these examples
 
     @property
@@ -57,7 +58,7 @@ class Suspects:
 
     def relabelled(self,
         mix:float=.3, # Weight of the predicted probabilities in the labels of suspects, in [0, 1]
-        folder='.', # That file names start from
+        folder:str|Path='.', # That file names start from
     )->pd.DataFrame: # file or text, and a column per class
         "Soft labels of all examples that were judged, as `--labels` reads them"
         if self.column == 'row': raise ValueError(f"--mix writes a CSV of files or texts, but {self.source.where} holds {self.source.unit} without files.")
@@ -77,7 +78,7 @@ def judged_items(source, k):
 
 # %% ../../nbs/78_compare.labels.ipynb #8f447a1c
 def find_suspects(
-    data='digits', # See `read_source`; without masks and votes
+    data:str|Path='digits', # See `read_source`; without masks and votes
     k:int=5, # Parts
     epochs:int|None=None, # Of each training. None: what suits the data
     arch:str|None=None, # See `Comparison`
@@ -87,10 +88,10 @@ def find_suspects(
     lr:float|None=None, # Highest learning rate. None: what suits the data
     seed:int=0, # Of weights, order and parts
     progress:bool=True, # Show progress bars
-    **how # More arguments of `read_source`
+    **how:Any # More arguments of `read_source`
 )->Suspects:
     "Train k networks, each without a part of the data, and find the labels that they contradict. Masks, or too few examples: ValueError"
-    source = read_source(data, progress=progress, **how)
+    source:Any = read_source(data, progress=progress, **how)
     if source.kind == 'masks': raise ValueError(f"{data} holds masks, and suspects are labels of examples: use images with a class each, texts or rows.")
     judged,notes = judged_items(source, k)
     if len(judged) < 2*k: raise ValueError(f"{data} has {len(judged)} examples in classes of at least {k}: take more data, or a smaller --k.")
@@ -116,7 +117,7 @@ def thumbnail(image):
 
 def write_suspects(
     suspects:Suspects, # From `find_suspects`
-    out='suspects.csv', # CSV to be written; the page beside it ends in .html
+    out:str|Path='suspects.csv', # CSV to be written; the page beside it ends in .html
     mix:float|None=None, # Also write a CSV of soft labels, which ends in _relabelled.csv, see `Suspects.relabelled`
     command:str='', # That repeats it, for the page
 )->list: # The files that were written

@@ -8,10 +8,12 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.methods.html.md"""
 __all__ = ['Method', 'parse_method', 'read_method', 'method_callbacks', 'each_method']
 
 # %% ../../nbs/71_compare.methods.ipynb #49eaff85
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.data.core import DataLoaders
 
 from ..callback import CutMixMask, LabelSmoothing, OneOf
 from ..distributions import ClassPrior, Online, Similarity, Spatial, Taxonomy, Zipf
@@ -52,7 +54,8 @@ def smoothing_dist(
     vocab, # Class names
 ): # A distribution, or None for the uniform one
     "The distribution that a method smooths with, made from the training set. One that the data do not have: ValueError"
-    make = {'ls': lambda: None, 'prior': lambda: ClassPrior.from_dls(dls), 'ols': lambda: Online(len(vocab)), 'zipf': Zipf, 'spatial': Spatial,
+    make:dict[str,Callable] = {
+            'ls': lambda: None, 'prior': lambda: ClassPrior.from_dls(dls), 'ols': lambda: Online(len(vocab)), 'zipf': Zipf, 'spatial': Spatial,
             'taxonomy': lambda: tree_of(vocab), 'similarity': lambda: similarity_of(dls, len(vocab))}
     return make[name]()
 
@@ -107,7 +110,7 @@ class Method:
         kind:str, # One of `KINDS`
         several:bool=False, # Whether an example has several labels
         voted:bool=False, # Whether an example has votes
-    ):
+    )->None:
         "Refuse a part that the data do not allow: ValueError"
         if not voted and {*VOTES} & {*self.parts}:
             raise ValueError(f"The method {self.name!r} needs votes: name a CSV, and with --votes what stands between them, or with --labels their columns.")
@@ -124,9 +127,9 @@ class Method:
                              "leave it out.")
 
     def callbacks(self,
-        dls=None, # fastai `DataLoaders`, for the distributions that are made from the training set
+        dls:DataLoaders|None=None, # fastai `DataLoaders`, for the distributions that are made from the training set
         kind:str='images', # One of `KINDS`
-        vocab=None, # Class names. None: those of `dls`
+        vocab:Sequence|None=None, # Class names. None: those of `dls`
     )->list: # Callbacks of the `Learner`
         "The callbacks that make up the method"
         mixers = [CutMixMask() if kind == 'masks' and name == 'cutmix' else MIXERS[name]() for name in self.mixers]
@@ -146,15 +149,15 @@ def parse_method(
 )->Method:
     "Read the name of a method. An unknown part, or more than one way to smooth: ValueError"
     plain,tilde,own_noise = name.partition('~')
-    parts,at,own_eps = plain.partition('@')
-    best = (parts, own_eps) == ('ce', 'best')
+    joined,at,own_eps = plain.partition('@')
+    best = (joined, own_eps) == ('ce', 'best')
     if best: at = ''
     try: eps,noise = float(own_eps) if at else eps,float(own_noise) if tilde else noise
     except ValueError: raise ValueError(f"What follows @ or ~ in {name!r} is not a number.") from None
     named = f' in {name!r}' if at or tilde else ''
     if not 0 <= eps <= 1: raise ValueError(f"eps must lie in [0, 1], but got {eps}{named}.")
     if not 0 <= noise < 1: raise ValueError(f"noise must lie in [0, 1), but got {noise}{named}.")
-    parts = tuple(parts.split('+'))
+    parts = tuple(joined.split('+'))
     unknown = [p for p in parts if p not in ('ce', *VOTES, *SMOOTH, *MIXERS)]
     twice = sum(p in SMOOTH or p == 'dirichlet' for p in parts) > 1 or 'dirichlet' in parts and 'votes' not in parts
     if unknown or len(set(parts)) < len(parts) or ('ce' in parts and len(parts) > 1) or twice:
@@ -177,18 +180,18 @@ def read_method(
 def method_callbacks(
     method:str, # See `parse_method`
     eps:float=.1, # Smoothing strength of a method that does not name its own after @
-    dls=None, # fastai `DataLoaders`, for the distributions that are made from the training set
+    dls:DataLoaders|None=None, # fastai `DataLoaders`, for the distributions that are made from the training set
     kind:str='images', # One of `KINDS`
-    vocab=None, # Class names. None: those of `dls`
+    vocab:Sequence|None=None, # Class names. None: those of `dls`
 )->list: # Callbacks of the `Learner`
     "The callbacks that make up a method. Errors as in `read_method`"
     return read_method(method, eps, kind=kind).callbacks(dls, kind, vocab)
 
 # %% ../../nbs/71_compare.methods.ipynb #34f67854
 def each_method(
-    names, # Names of methods
-    eps, # Strengths: every method that smooths and has none of its own takes each
-    noise, # Noise rates: every method that has none of its own takes each
+    names:Iterable[str], # Names of methods
+    eps:Sequence[float], # Strengths: every method that smooths and has none of its own takes each
+    noise:Sequence[float], # Noise rates: every method that has none of its own takes each
 )->tuple: # Of `Method`s
     "The methods with each strength and each noise rate, if there are several"
     methods = [parse_method(name, eps[0], noise[0]) for name in names]

@@ -95,5 +95,6 @@ def write_report(
     caption = f'Differences from {base} over the seeds, with the intervals of the verdict: for new data, and corrected for everything that it says.'
     shown = pictures([('Differences', caption, f'Differences of the methods from {base}, with intervals', forest)])
     return render('compare.html', title=f"Does smoothing help on {Path(summary['data']).name}?", s=summary, base=base, forest=shown[0] if shown else None,
-                  understood=comparison.describe().splitlines(), each_rate=comparison.lr == 'find',
-                  one_split=comparison.source.split is not None, **tables(comparison, figures), pictures=pictures(sections(comparison, figures, reliability)), command=command)
+                  understood=comparison.describe().splitlines(), each_rate=comparison.lr == 'find', command=command,
+                  one_split=comparison.source.split is not None, **tables(comparison, figures),
+                  pictures=pictures(sections(comparison, figures, reliability)))

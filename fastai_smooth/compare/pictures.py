@@ -25,7 +25,7 @@ from ..targets import smooth_binary, smooth_labels
 
 # %% ../../nbs/74_compare.pictures.ipynb #5acdbfd7
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#000000', '#E69F00', '#56B4E9'
-STYLES = [dict(color=color, ls=ls, marker=marker) for ls, marker in (('-', 'o'), ('--', 's'), (':', '^')) for color in COLOURS]
+STYLES:list[dict] = [dict(color=color, ls=ls, marker=marker) for ls, marker in (('-', 'o'), ('--', 's'), (':', '^')) for color in COLOURS]
 
 def png_of(fig, dpi=110)->bytes:
     "A figure as a PNG file"
@@ -118,7 +118,7 @@ def plot_risk(comparison)->Figure:
     return fig
 
 # %% ../../nbs/74_compare.pictures.ipynb #22a73b3c
-VERDICTS = {1: dict(color=COLOURS[0], marker='o'), -1: dict(color=COLOURS[1], marker='s'), 0: dict(color='.45', marker='D', mfc='w')}
+VERDICTS:dict[int,dict] = {1: dict(color=COLOURS[0], marker='o'), -1: dict(color=COLOURS[1], marker='s'), 0: dict(color='.45', marker='D', mfc='w')}
 
 def plot_differences(found)->Figure|None:
     "Differences {method: {metric: `Difference`}} with their intervals, the method that they are compared with at 0"
@@ -175,7 +175,8 @@ def curves(found, figures, xlabel)->Figure|None:
 
 def plot_strengths(comparison, figures)->Figure|None:
     "Against the strength, where there are several; at ε = 0 smoothing alone is cross entropy"
-    found,methods = {},[parse_method(m) for m in comparison.methods]
+    methods = [parse_method(m) for m in comparison.methods]
+    found:dict = {}
     for m in (m for m in methods if m.own_eps):
         label = m.plain+(f'~{m.noise:g}' if m.own_noise else '')
         zero = [b.name for b in methods if b.is_baseline and b.noise == m.noise and not m.mixers]
@@ -184,7 +185,7 @@ def plot_strengths(comparison, figures)->Figure|None:
 
 def plot_noise(comparison, figures)->Figure|None:
     "Against the share of wrong labels, where there are several"
-    found = {}
+    found:dict = {}
     for m in map(parse_method, comparison.methods):
         if m.own_noise: found.setdefault(m.plain+(f'@{m.eps:g}' if m.own_eps else ''), {})[m.noise] = m.name
     return curves(found, figures, 'share of training labels that are wrong')
@@ -288,7 +289,7 @@ def plot_errors(comparison, n=8)->Figure|None:
     for p in runs_of(comparison, comparison.best_method()):
         found = CalibrationInterpretation(predictions_of(p['logits'], p['labels'], 'shares' in p), comparison.vocab).top_confident_errors(n)
         rows += [(r.confidence, int(p['items'][r['index']]), str(r.label), str(r.predicted)) for _, r in found.iterrows()]
-    seen = {}
+    seen:dict = {}
     for row in sorted(rows, reverse=True): seen.setdefault(row[1], row) # an example once, over the seeds
     rows = list(seen.values())[:n]
     if not rows: return None

@@ -12,6 +12,7 @@ import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -50,23 +51,23 @@ def several_of(value, name):
 class Arguments:
     "What is compared, and on which data: read and checked. Bad arguments: ValueError"
     data:str='digits' # An embedded set, a folder of class folders, one of images and masks, or a CSV of files or texts and labels: see `read_source`
-    methods:tuple|None=None # See `parse_method`. None: ce, ls, mixup and mixup+ls, of texts and tables the first two
-    eps:float=.1 # Smoothing strength, in [0, 1]; of several, every smoothing method is tried with each
-    noise:float=0. # Share of training labels that are wrong, in [0, 1); of several, every method is tried with each
+    methods:Any=None # See `parse_method`. None: ce, ls, mixup and mixup+ls, of texts and tables the first two
+    eps:Any=.1 # Smoothing strength, in [0, 1]; of several, every smoothing method is tried with each
+    noise:Any=0. # Share of training labels that are wrong, in [0, 1); of several, every method is tried with each
     pairs:str|None=None # Which classes the wrong labels confuse, such as '4:9,9:4'. None: any with any
     epochs:int|None=None # Passes over the training set. None: what suits the data
     seeds:int=5 # How many seeds
     arch:str|None=None # A network of `NETWORKS`, or a timm model for images, a torchvision model for masks. None: what suits the data
-    weights:str|None=None # File with a state dict to start from
+    weights:str|Path|None=None # File with a state dict to start from
     pretrained:bool=False # Whether to start from timm's weights, which are downloaded once
     bs:int|None=None # Batch size. None: 64, or less where that makes fewer than eight batches
     size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, of files at most 128
     valid_pct:float=.2 # Share of the validation set, where the data don't say which it is
     delimiter:str|None=None # Between several labels in a CSV
     jobs:int=1 # How many runs at a time, each in a process of its own with its share of the processors (to resume, take as many)
-    out:str|None=None # Folder for the results. None: nothing is written
+    out:Any=None # Folder for the results. None: nothing is written
     resume:bool=False # Go on with the run in `out`
-    lr:float|str|None=None # Highest learning rate; 'find': what `lr_find` suggests for each method with the first seed. None: what suits the data
+    lr:Any=None # Highest learning rate; 'find': what `lr_find` suggests for each method with the first seed. None: what suits the data
     votes:str|None=None # Between the votes of a CSV, such as 'cat;cat;dog'
     labels:tuple|None=None # Columns of a CSV with counts or probabilities, which are the classes
     ignore:int|None=None # Number in mask files of pixels to be ignored
@@ -130,9 +131,6 @@ class Arguments:
         if self.bs is None: self.bs = batch_size_for(self.n_train)
         if self.bs > self.n_train: raise ValueError(f"bs={self.bs} is more than the {self.n_train} training {self.unit}: use a smaller --bs.")
 
-    @property
-    def _seeds(self): return range(self.seed0, self.seed0+self.seeds)
-
     def _split(self, seed):
         "The item numbers of the training and of the validation set"
         try: return self.source.splits(self.valid_pct, seed)
@@ -156,6 +154,9 @@ class Arguments:
 @dataclass
 class Question(Arguments):
     "What is compared, and on which data. Bad arguments: ValueError"
+    @property
+    def _seeds(self): return range(self.seed0, self.seed0+self.seeds)
+
     @property
     def config(self)->dict: # What decides the figures of a run
         names = ('data', 'delimiter', 'votes', 'labels', 'ignore', 'target', 'skip_broken', 'eps', 'noise', 'pairs', 'epochs', 'lr', 'arch',

@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import torch
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from torch import Tensor
 
 from ..calibration import Predictions, calibrated_error, cross_fit, fit_temperature, folds_of
 from ..losses import LabelSmoothingCrossEntropy
@@ -106,9 +107,9 @@ def score_all(
 
 # %% ../../nbs/72_compare.scores.ipynb #4a8dc99a
 def score(
-    logits, # (N, K)
-    labels, # (N,), or multi-hot (N, K): then the temperature in the result is the mean over the labels
-    items=None, # Numbers of the examples that the rows belong to, (N,): of masks, a row is a pixel. None: a row each
+    logits:Tensor, # (N, K)
+    labels:Tensor, # (N,), or multi-hot (N, K): then the temperature in the result is the mean over the labels
+    items:np.ndarray|Tensor|None=None, # Numbers of the examples that the rows belong to, (N,): of masks, a row is a pixel. None: a row each
 )->dict: # A number for each of `METRICS`
     "All figures of one trained model"
     figures = score_all(logits, labels, items)[0]

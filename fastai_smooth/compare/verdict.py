@@ -9,8 +9,10 @@ __all__ = ['HEADS', 'mean_ci', 'baselines', 'figures_of', 'differences', 'Differ
 
 # %% ../../nbs/73_compare.verdict.ipynb #c0a94bbf
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from .methods import parse_method
@@ -18,7 +20,7 @@ from .scores import METRICS
 
 # %% ../../nbs/73_compare.verdict.ipynb #4366902b
 def mean_ci(
-    values # One number per seed
+    values:ArrayLike # One number per seed
 )->dict: # 'mean' and 'ci95'
     "Mean and half-width of the 95% interval of Student's t; no interval for a single value"
     values = np.asarray(values, np.float64)
@@ -31,7 +33,7 @@ def baselines(
 )->dict: # {method: the one it is compared with, None for that one}
     "Every method is compared with cross entropy of the same label noise, or with the first that has it"
     methods = [parse_method(name, noise=noise) for name in names]
-    base = {}
+    base:dict = {}
     for m in methods:
         if m.noise not in base or (m.is_baseline and not base[m.noise].is_baseline): base[m.noise] = m
     return {m.name: None if base[m.noise] is m else base[m.noise].name for m in methods}
@@ -87,8 +89,8 @@ class Difference:
     level:float=.05 # Error rate of the interval
 
     def half(self,
-        seeds=None, # As if there were so many: a number or an array. None: as many as there are
-    ):
+        seeds:ArrayLike|None=None, # As if there were so many: a number or an array. None: as many as there are
+    )->Any:
         "Half of the width of the interval for new data"
         k = np.asarray(self.seeds if seeds is None else seeds, np.float64)
         p = 1-self.level/2
@@ -97,9 +99,9 @@ class Difference:
         return np.sqrt((t**2*np.maximum(self.variance-within, 0.)+z**2*within)*(1/k+self.overlap)+t_examples**2*self.examples)
 
     @property
-    def low(self)->float: return float(self.mean-self.half())
+    def low(self)->float: return max(float(self.mean-self.half()), -1. if self.metric == 'accuracy' else -np.inf)
     @property
-    def high(self)->float: return float(self.mean+self.half())
+    def high(self)->float: return min(float(self.mean+self.half()), 1. if self.metric == 'accuracy' else np.inf)
 
     @property
     def sign(self)->int: # -1, 0 or 1
@@ -166,7 +168,7 @@ class Evidence:
 
     def __repr__(self): return f'Evidence({count(len(self.methods), "method")}, {count(len(self.seeds), "seed")})'
 
-    def difference(self, method, metric, level)->Difference:
+    def difference(self, method:str, metric:str, level:float)->Difference:
         "A method and what it is compared with"
         base,k = self.bases[method],len(self.seeds)
         group = [m for m, b in self.bases.items() if base in (b, m) and m not in self.failed]
@@ -181,7 +183,7 @@ class Evidence:
             parts = {m: self._of_examples(m, base, metric) for m in group if m != base}
             examples,within = parts[method]
             variance = within+max(pooled-np.mean([w for _, w in parts.values()]), 0.)
-        overlap = 0. if self.one_split or not self.n_train else self.n_valid/self.n_train
+        overlap = 0. if self.one_split or not self.n_train or not self.n_valid else self.n_valid/self.n_train
         return Difference(method, base, metric, float(gaps.mean()), float(figures[:,group.index(base)].mean()), float(variance), df, k, float(within), overlap,
                           float(examples), max((self.n_valid or 2)-1, 1), level)
 
@@ -270,7 +272,8 @@ def verdict(
         best = min(others, key=lambda m: figures_of(e.rows, m, PRIMARY).mean())
         return (f"One seed gives no interval, so no verdict. NLL after temperature of {best}: {mean(best)} against {mean(e.bases[best])} for {e.bases[best]}. "
                 f"Run at least --seeds 3.{notes_of(e)}")
-    found,groups = e.differences(),{}
+    found = e.differences()
+    groups:dict = {}
     for m in e.compared: groups.setdefault(e.bases[m], []).append(found[m])
     n = len(e.compared)
     corrected = f', corrected for {n} methods' if n > 1 else ''

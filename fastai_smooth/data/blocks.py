@@ -9,6 +9,7 @@ __all__ = ['folder_dls', 'csv_dls', 'image_dls', 'pets_dls', 'mask_dls', 'texts_
 
 # %% ../../nbs/56_data.blocks.ipynb #2577868b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, TransformBlock
@@ -79,11 +80,11 @@ def labelled_dls(data, s, item_tfms, batch_tfms=(), dl_type=None):
 
 # %% ../../nbs/56_data.blocks.ipynb #4d8e12b1
 def image_dls(
-    path, # Folder with a folder per class, CSV file, or one of `SOURCES`
+    path:str|Path, # Folder with a folder per class, CSV file, or one of `SOURCES`
     s:dict, # Settings of a recipe: delimiter, target, skip_broken, valid_pct, seed, bs, num_workers
-    item_tfms=None, # Of each image. None: resized to the size in the settings; if that is None, as they are, at most 128
-    batch_tfms=(), # Of each batch
-    dl_type=None, # Class of the data loaders
+    item_tfms:Any=None, # Of each image. None: resized to the size in the settings; if that is None, as they are, at most 128
+    batch_tfms:Any=(), # Of each batch
+    dl_type:type|None=None, # Class of the data loaders
 )->DataLoaders:
     "Images with a class each or, from a CSV with a delimiter, with several"
     data = source_of(path, s, 'images')
@@ -92,7 +93,7 @@ def image_dls(
 folder_dls = csv_dls = image_dls # one reader takes both
 
 def pets_dls(
-    path, # Folder with images named as `Abyssinian_1.jpg`. None: fastai's download
+    path:str|Path, # Folder with images named as `Abyssinian_1.jpg`. None: fastai's download
     s:dict, # Settings of a recipe: presize, size, valid_pct, seed, bs, num_workers
 )->DataLoaders:
     "fastai's pets, as its first lesson reads them"
@@ -117,7 +118,7 @@ class MaskNumbers:
 
 # %% ../../nbs/56_data.blocks.ipynb #c44ff7dd
 def mask_dls(
-    path, # Folder with `images`, `labels` or `masks`, and `codes.txt`, or one of `SOURCES`
+    path:str|Path, # Folder with `images`, `labels` or `masks`, and `codes.txt`, or one of `SOURCES`
     s:dict, # Settings of a recipe: size, ignore, skip_broken, valid_pct, seed, bs, num_workers
 )->DataLoaders:
     "Images and masks. A mask value without a name: ValueError that names the file"
@@ -131,7 +132,7 @@ def mask_dls(
 
 # %% ../../nbs/56_data.blocks.ipynb #ba7e6db8
 def texts_dls(
-    path, # CSV file with a column `text` and one of labels, or one of `SOURCES`
+    path:str|Path, # CSV file with a column `text` and one of labels, or one of `SOURCES`
     s:dict, # Settings of a recipe: delimiter, length, valid_pct, seed, bs
 )->DataLoaders:
     "Texts and labels from a table, as fastai's text classifiers read them"
@@ -141,7 +142,7 @@ def texts_dls(
     return finished(data.dls(data.labels if data.votes is None else data.shares(), split, s['bs']), data, split, s)
 
 def lines_dls(
-    path, # Text file with a text per line
+    path:str|Path, # Text file with a text per line
     s:dict, # Settings of a recipe: length, valid_pct, seed, bs
 )->DataLoaders:
     "Texts without labels, for a language model"
@@ -152,7 +153,7 @@ def lines_dls(
     return line_dls(texts, random_split(len(texts), s['valid_pct'], s['seed']), s['bs'], s.get('length', 256))
 
 def table_csv_dls(
-    path, # CSV file with a column of classes, or one of `SOURCES`
+    path:str|Path, # CSV file with a column of classes, or one of `SOURCES`
     s:dict, # Settings of a recipe: target (column of classes; None: `label`), skip_broken, valid_pct, seed, bs
 )->DataLoaders: # `TabularDataLoaders`
     "A table of numbers and words with a class per row"

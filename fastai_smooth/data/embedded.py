@@ -70,7 +70,7 @@ def digit_canvases(n_train, n_valid, seed, draw):
     made = [draw(rng, *part) for part, n in zip(parts, (n_train, n_valid)) for _ in range(n)]
     return [np.stack(v) for v in zip(*made)],[list(range(n_train)), list(range(n_train, n_train+n_valid))]
 
-def multi_digits_arrays(n_train=1600, n_valid=400, seed=42):
+def multi_digits_arrays(n_train=1600, n_valid=400, seed=42)->tuple[np.ndarray,np.ndarray,list,tuple]:
     "Canvases (N, 16, 16), multi-hot labels, class names, and the split"
     def draw(rng, images, labels):
         canvas,there = np.zeros((16, 16), np.uint8),np.zeros(10, bool)
@@ -82,7 +82,7 @@ def multi_digits_arrays(n_train=1600, n_valid=400, seed=42):
     (images,labels),splits = digit_canvases(n_train, n_valid, seed, draw)
     return images,labels,[str(i) for i in range(10)],splits
 
-def digit_masks_arrays(n_train=800, n_valid=200, seed=42):
+def digit_masks_arrays(n_train=800, n_valid=200, seed=42)->tuple[np.ndarray,np.ndarray,list,tuple]:
     "Canvases (N, 24, 24), masks, class names, and the split"
     def draw(rng, images, labels):
         canvas,mask = np.zeros((24, 24), np.uint8),np.zeros((24, 24), np.int64)
@@ -119,7 +119,8 @@ def docstrings_arrays()->tuple: # Texts, labels (N,) int64, class names
     "First paragraphs of docstrings of packages that are installed with this one; what stands in two packages is left out"
     places = dict(matplotlib=(matplotlib.axes.Axes, matplotlib.figure.Figure), numpy=(np, np.linalg, np.fft, np.ma, np.random.Generator),
                   pandas=(pd, pd.DataFrame, pd.Series, pd.Index), torch=(torch, torch.nn.functional, torch.linalg))
-    vocab,owners = sorted(places),{}
+    vocab = sorted(places)
+    owners:dict = {}
     for package, holders in places.items():
         short = {package, {'numpy': 'np', 'pandas': 'pd'}.get(package, package)}
         for obj in (o for holder in holders for name, o in inspect.getmembers(holder, callable) if not name.startswith('_')):
@@ -155,7 +156,7 @@ def embedded_table(
     bs:int=64, # Batch size
     valid_pct:float=.2, # Share of the validation set, in (0, 1)
     seed:int=42, # Seed of the split and of the shuffling
-): # fastai `TabularDataLoaders`
+)->DataLoaders: # fastai `TabularDataLoaders`
     "A table that scikit-learn carries, normalised, with its classes by name. An unknown one: ValueError"
     table,labels,vocab = table_arrays(name)
     with seeded(seed): return table_dls(table, labels, vocab, stratified_split(labels, valid_pct, seed), bs)

@@ -10,8 +10,10 @@ __all__ = ['SOURCES', 'SIDE', 'LabelledData', 'ImageData', 'image_data', 'MaskDa
 
 # %% ../../nbs/55_data.files.ipynb #39c07cd6
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.tabular.model import emb_sz_rule
 from PIL import Image
+from numpy.typing import ArrayLike
 
 from .embedded import EMBEDDED, TABLES, digit_masks_arrays, docstrings_arrays, multi_digits_arrays, table_arrays
 from .images import check_trained, each_file, folder_files, pets_files, read_images, read_small, size_of, upright
@@ -31,7 +34,7 @@ from .tables import read_table
 def rare_classes(
     labels, # (N,), or multi-hot (N, K)
     vocab, # Class names
-    splits:list, # Item numbers of the training and of the validation set, of one split or several
+    splits:Sequence, # Item numbers of the training and of the validation set, of one split or several
 )->str: # A line, empty if there are none
     "Say which classes have fewer than two validation examples in some split, by name"
     def count(items): return labels[items].sum(0) if labels.ndim == 2 else np.bincount(labels[items], minlength=len(vocab))
@@ -57,7 +60,6 @@ class LabelledData(ABC):
     @abstractmethod
     def kind(self)->str: # What a network is chosen by
         "'images', 'masks', 'texts' or 'table'"
-
     @property
     @abstractmethod
     def unit(self)->str: # In the plural
@@ -69,7 +71,7 @@ class LabelledData(ABC):
 
     @abstractmethod
     def dls(self,
-        labels, # As `labels`, perhaps with noise
+        labels:np.ndarray, # As `labels`, perhaps with noise
         splits:tuple, # Item numbers of the training and of the validation set
         bs:int=64, # Batch size
         size:int|None=None, # Resize images to `size` by `size` pixels. None: as they are
@@ -87,7 +89,8 @@ class LabelledData(ABC):
     def shares(self,
         alpha:float=0. # Votes that each class gets in advance: the mean under a Dirichlet prior
     )->np.ndarray: # (N, K), sums to 1
-        "The votes as distributions over the classes"
+        "The votes as distributions over the classes. Data without votes: ValueError"
+        if self.votes is None: raise ValueError(f"{self.where} has no votes.")
         votes = self.votes+alpha
         return votes/votes.sum(1, keepdims=True)
 
@@ -127,8 +130,8 @@ class LabelledData(ABC):
 @dataclass
 class ImageData(LabelledData):
     "Images with a class each, or several labels each: small ones in memory, or files"
-    images:object=None # (N, H, W) or (N, C, H, W), uint8. None: they are still in their files
-    files:list|None=None # Where each image came from
+    images:Any=None # (N, H, W) or (N, C, H, W), uint8. None: they are still in their files
+    files:Any=None # Where each image came from
 
     @property
     def kind(self)->str: return 'images'
@@ -145,31 +148,31 @@ class ImageData(LabelledData):
         "The images, or the names and lengths of their files"
         return (self.images,) if self.images is not None else tuple((f.name, f.stat().st_size) for f in self.files)
 
-    def dls(self, labels, splits, bs=64, size=None):
+    def dls(self, labels:np.ndarray, splits:tuple, bs:int=64, size:int|None=None)->DataLoaders:
         "Batches of images in [0, 1] and targets"
         return array_dls(self.images, labels, self.vocab, splits, bs, None if self.images.shape[-2:] == (size, size) else size)
 
-    def sample(self, size=None):
+    def sample(self, size:int|None=None)->tuple:
         "Two black images"
         return (torch.zeros(2, self.n_channels, *((size, size) if size else self.images.shape[-2:])),)
 
-    def checked(self, progress=True, skip_broken=False):
+    def checked(self, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Try every file before anything is trained"
         return self.without(each_file(self.files, upright, 'images', progress, skip_broken)[1])
 
-    def load(self, size, progress=True, skip_broken=False):
+    def load(self, size:int, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Read all images, cut and resized to squares"
         images,broken = read_images(self.files, size, progress, skip_broken)
         return replace(self, images=images, notes=[*self.notes, f"read at {size} by {size} pixels"]).without(broken)
 
     def without(self,
         broken:list # Numbers of items
-    ):
+    )->'ImageData':
         "These data without some items. No class may be lost"
         if not len(broken): return self
         kept = np.setdiff1d(np.arange(len(self)), broken)
         split = None if self.split is None else tuple(np.searchsorted(kept, np.intersect1d(s, kept)) for s in self.split)
-        values = {k: v[kept] if isinstance(v, np.ndarray) else [v[i] for i in kept] for k in self.per_item if (v := getattr(self, k)) is not None}
+        values:dict[str,Any] = {k: v[kept] if isinstance(v, np.ndarray) else [v[i] for i in kept] for k in self.per_item if (v := getattr(self, k)) is not None}
         first = ', '.join(str(self.files[i]) for i in broken[:5])
         notes = [*self.notes, f"{len(broken)} of {len(self)} {self.unit} cannot be read and are left out: {first}{', ...' if len(broken) > 5 else ''}"]
         data = replace(self, split=split, notes=notes, **values)
@@ -193,7 +196,7 @@ def image_data(
 @dataclass
 class MaskData(ImageData):
     "Images with a class per pixel: small ones in memory, or files"
-    masks:list|None=None # Mask files
+    masks:Any=None # Mask files
     ignore:int|None=None # Number in them of pixels to be ignored
     as_one:int|None=None # Number in them that means class 1
 
@@ -205,7 +208,7 @@ class MaskData(ImageData):
     def per_item(self)->tuple: return 'labels','images','files','votes','masks'
 
     def numbers(self,
-        mask, # Class numbers as they are in a file
+        mask:ArrayLike, # Class numbers as they are in a file
     )->np.ndarray: # int64, -100 where a pixel is ignored
         "Class numbers of a mask"
         mask = np.asarray(mask).astype(np.int64)
@@ -213,13 +216,13 @@ class MaskData(ImageData):
         if self.ignore is not None: mask[mask == self.ignore] = -100
         return mask
 
-    def load(self, size, progress=True, skip_broken=False):
+    def load(self, size:int, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Read all images and masks, masks by the nearest pixel"
-        data = self.checked(progress, skip_broken)
+        data:Any = self.checked(progress, skip_broken)
         labels = [data.numbers(read_small(f, size, class_numbers, Image.Resampling.NEAREST)) for f in data.masks]
         return ImageData.load(replace(data, labels=np.stack(labels)), size, progress, skip_broken)
 
-    def checked(self, progress=True, skip_broken=False):
+    def checked(self, progress:bool=True, skip_broken:bool=False)->'ImageData':
         "Look at every mask before anything is trained"
         broken,as_one = check_masks(self.files, self.masks, self.vocab, self.ignore, self.where, progress, skip_broken)
         notes = [] if as_one is None else [f"masks: {as_one} is read as class 1, {self.vocab[1]!r}"]
@@ -229,7 +232,7 @@ class MaskData(ImageData):
 @dataclass
 class TextData(LabelledData):
     "Texts in memory"
-    texts:list=None # Strings
+    texts:Any=None # Strings
     length:int=256 # Tokens that are read of each
 
     def __post_init__(self): self.tokenizer = CachedTokenizer(self.length)
@@ -247,11 +250,11 @@ class TextData(LabelledData):
         "The texts"
         return tuple(self.texts)
 
-    def dls(self, labels, splits, bs=64, size=None):
+    def dls(self, labels:np.ndarray, splits:tuple, bs:int=64, size:int|None=None)->DataLoaders:
         "Batches of token numbers and targets"
         return text_dls(self.texts, labels, self.vocab, splits, bs, tokenizer=self.tokenizer)
 
-    def sample(self, size=None):
+    def sample(self, size:int|None=None)->tuple:
         "Two texts of unknown words"
         return (torch.zeros(2, 8, dtype=torch.long),)
 
@@ -277,11 +280,11 @@ class TableData(LabelledData):
         "Names and values"
         return list(self.table),pd.util.hash_pandas_object(self.table, index=False).to_numpy()
 
-    def dls(self, labels, splits, bs=64, size=None):
+    def dls(self, labels:np.ndarray, splits:tuple, bs:int=64, size:int|None=None)->DataLoaders:
         "Batches of categories, normalised numbers, and targets"
         return table_dls(self.table, labels, self.vocab, splits, bs, self.target)
 
-    def sample(self, size=None):
+    def sample(self, size:int|None=None)->tuple:
         "Two rows of zeros"
         sizes,n = self.n_channels
         return torch.zeros(2, len(sizes), dtype=torch.long),torch.zeros(2, n)
@@ -364,13 +367,13 @@ def find_source(
     "Find out what data are. What is unknown or missing: ValueError that names it"
     if str(data) not in SOURCES and not Path(data).exists():
         raise ValueError(f"Unknown data set {str(data)!r}: use one of {', '.join(SOURCES)}, a folder of class folders, or a CSV of files and labels.")
-    if str(data) == 'pets': res = image_data('pets', *pets_files())
+    if str(data) == 'pets': res:LabelledData = image_data('pets', *pets_files())
     else: res = embedded_source(str(data)) if str(data) in SOURCES else file_source(data, delimiter, ignore, target, skip_broken, votes, labels)
     check_options(res, data, ignore, delimiter=delimiter, target=target, votes=votes, labels=labels)
     return res
 
 def read_source(
-    data, # One of `SOURCES`, a folder of class folders, one of images and masks with `codes.txt`, or a CSV of files, texts or rows with labels
+    data:str|Path, # One of `SOURCES`, a folder of class folders, one of images and masks with `codes.txt`, or a CSV of files, texts or rows with labels
     size:int|None=None, # Side of the square that images are cut and resized to. None: as they are, at most 128
     delimiter:str|None=None, # Between several labels in a CSV
     ignore:int|None=None, # Number in the masks of pixels to be ignored
@@ -379,9 +382,9 @@ def read_source(
     load:bool=True, # Read the images of files. False: leave them there, tried
     progress:bool=True, # Show progress bars
     votes:str|None=None, # Between votes in a cell of a CSV, such as 'cat;cat;dog'. None: they are no votes
-    labels=None, # Columns of a CSV with counts or probabilities, which are the classes
+    labels:str|Sequence[str]|None=None, # Columns of a CSV with counts or probabilities, which are the classes
 )->LabelledData:
     "Read data. What is unknown, missing or damaged: ValueError that names it"
-    res = find_source(data, delimiter, ignore, target, skip_broken, votes, labels)
+    res:Any = find_source(data, delimiter, ignore, target, skip_broken, votes, labels)
     if getattr(res, 'files', None) is None: return res
     return res.load(size or own_side(res.files), progress, skip_broken) if load else res.checked(progress, skip_broken)

@@ -13,6 +13,7 @@ import os
 import socket
 import ssl
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.error import URLError
 
@@ -64,7 +65,7 @@ def check_trained(
 
 # %% ../../nbs/52_data.images.ipynb #c3916a93
 def folder_files(
-    path # Folder with a folder per class, perhaps nested, perhaps below `train` and `valid`
+    path:str|Path # Folder with a folder per class, perhaps nested, perhaps below `train` and `valid`
 )->tuple: # Files, labels (N,), class names, which are paths such as 'animal/cat', split or None
     "Find images and their classes. No images, one class, an image in no class: ValueError that names the folder or the file"
     path = Path(path)
@@ -127,7 +128,7 @@ def open_image(
 
 # %% ../../nbs/52_data.images.ipynb #d6bb9919
 def each_file(
-    files:list, # Or numbers of items
+    files:Sequence, # Or numbers of items
     read, # Called with each
     what:str='files', # For the error
     progress:bool=True, # Show a progress bar

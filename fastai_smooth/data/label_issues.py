@@ -8,10 +8,15 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.label_issues.html.md"""
 __all__ = ['confident_joint', 'LabelIssues', 'find_label_issues']
 
 # %% ../../nbs/58a_data.label_issues.ipynb #2f2b72ec
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../../nbs/58a_data.label_issues.ipynb #b6609386
 def rounded(counts):
@@ -136,8 +141,8 @@ class LabelIssues:
         return np.flatnonzero(~(self.mask.any(1) if self.mask.ndim == 2 else self.mask))
 
     def plot_noise_matrix(self,
-        ax=None # To draw on. None: new ones
-    ):
+        ax:'Axes|None'=None # To draw on. None: new ones
+    )->'Axes':
         "How true classes are written down"
         import matplotlib.pyplot as plt
         ax = ax or plt.subplots(figsize=(4, 4), layout='constrained')[1]
@@ -147,9 +152,9 @@ class LabelIssues:
         return ax
 
     def plot_suspects(self,
-        images, # What can be drawn for each example: an array of images, or a function from an item number to one
+        images:np.ndarray|Callable, # What can be drawn for each example: an array of images, or a function from an item number to one
         n:int=16, # How many
-    ):
+    )->np.ndarray:
         "The least probable labels first"
         import matplotlib.pyplot as plt
         rows = self.table[:n]
@@ -163,9 +168,9 @@ class LabelIssues:
 
 # %% ../../nbs/58a_data.label_issues.ipynb #a8d928cb
 def find_label_issues(
-    labels, # Class indices (N,), or multi-hot labels (N, K)
-    probs, # Predicted probabilities (N, K) by models that have not seen the example
-    vocab=None, # Class names. None: numbers
+    labels:ArrayLike, # Class indices (N,), or multi-hot labels (N, K)
+    probs:ArrayLike, # Predicted probabilities (N, K) by models that have not seen the example
+    vocab:Iterable|None=None, # Class names. None: numbers
     filter_by:str='prune_by_noise_rate', # 'prune_by_noise_rate', 'prune_by_class', 'both', 'confident_learning' or 'predicted_neq_given'
 )->LabelIssues:
     "Labels that are probably wrong. Masks of pixels, labels outside the classes, or no probabilities: ValueError"

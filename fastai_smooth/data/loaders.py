@@ -11,6 +11,7 @@ __all__ = ['stratified_split', 'random_split', 'batch_size_for', 'seeded', 'arra
 # %% ../../nbs/50a_data.loaders.ipynb #7c252266
 import random
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
 import fastai.vision.data # noqa: F401  (teaches show_batch and show_results to draw grids of images)
@@ -27,7 +28,9 @@ from fastai.text.data import LMDataLoader, Numericalize, Pad_Chunk, SortedDL, ma
 from fastai.torch_core import TensorImage, TensorImageBW, TensorMask
 from fastai.vision.core import AddMaskCodes
 from fastcore.basics import compose
+from numpy.typing import ArrayLike
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 
 from .soft_labels import SoftCategorize
 
@@ -40,7 +43,7 @@ def check_share(
 
 # %% ../../nbs/50a_data.loaders.ipynb #6318eb5c
 def stratified_split(
-    labels, # Class indices (N,)
+    labels:ArrayLike, # Class indices (N,)
     valid_pct:float=.2, # Share of the validation set, in (0, 1)
     seed:int=42, # Seed of the split
 )->tuple: # Item numbers of the training and of the validation set
@@ -125,21 +128,21 @@ def numbers_of(splits): return [[int(i) for i in s] for s in splits]
 
 # %% ../../nbs/50a_data.loaders.ipynb #e4334954
 def array_dls(
-    images, # Greyscale images (N, H, W) or images (N, C, H, W), uint8
-    labels, # Class indices (N,), multi-hot labels (N, K), distributions (N, K), floating with a sum of 1, or masks (N, H, W), -100 where a pixel is ignored
-    vocab, # Class names, in the order of the indices
-    splits, # Item numbers of the training set and of the validation set
+    images:np.ndarray|Tensor, # Greyscale images (N, H, W) or images (N, C, H, W), uint8
+    labels:np.ndarray, # Class indices (N,), multi-hot labels (N, K), distributions (N, K), floating with a sum of 1, or masks (N, H, W), -100: ignored
+    vocab:Iterable, # Class names, in the order of the indices
+    splits:Sequence, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size
     size:int|None=None, # Resize to `size` by `size` pixels (images bilinear, masks by the nearest pixel). None: as they are
-    batch_tfms=(), # fastai's batch transforms, such as `aug_transforms()`
+    batch_tfms:Sequence=(), # fastai's batch transforms, such as `aug_transforms()`
 )->DataLoaders: # Batches of `TensorImage` (bs, C, H, W) in [0, 1] and targets in fastai's types; training drops the last batch if it is short
     "Images in memory as fastai DataLoaders that `show_batch` can draw"
-    images,labels = torch.as_tensor(images),np.asarray(labels)
-    if images.ndim == 3: images = images.unsqueeze(1)
+    pixels,labels = torch.as_tensor(images),np.asarray(labels)
+    if pixels.ndim == 3: pixels = pixels.unsqueeze(1)
     if size is not None:
-        images = F.interpolate(images.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
+        pixels = F.interpolate(pixels.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
         if labels.ndim == 3: labels = F.interpolate(torch.as_tensor(labels)[:,None].double(), (size, size), mode='nearest-exact')[:,0].long().numpy()
-    dsets = Datasets(range(len(images)), [[ItemImage(images)], target_tfms(labels, vocab)], splits=numbers_of(splits))
+    dsets = Datasets(range(len(pixels)), [[ItemImage(pixels)], target_tfms(labels, vocab)], splits=numbers_of(splits))
     return dsets.dataloaders(bs=bs, val_bs=2*bs, num_workers=0, after_batch=[IntToFloatTensor(), *batch_tfms])
 
 # %% ../../nbs/50a_data.loaders.ipynb #48338c3f
@@ -149,7 +152,8 @@ class CachedTokenizer(Tokenizer):
         length:int=256, # Tokens that are kept of each text
     ):
         super().__init__(SpacyTokenizer('en'))
-        self.length,self.known = length,{}
+        self.length = length
+        self.known:dict = {}
 
     def cut(self,
         texts # Strings
@@ -183,9 +187,9 @@ class TextOf:
 # %% ../../nbs/50a_data.loaders.ipynb #db35cd70
 def text_dls(
     texts:list, # Strings
-    labels, # Class indices (N,), multi-hot labels (N, K), or distributions (N, K), floating with a sum of 1
-    vocab, # Class names
-    splits, # Item numbers of the training set and of the validation set
+    labels:np.ndarray, # Class indices (N,), multi-hot labels (N, K), or distributions (N, K), floating with a sum of 1
+    vocab:Iterable, # Class names
+    splits:Sequence, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size
     length:int=256, # Tokens that are read of each text
     tokenizer:CachedTokenizer|None=None, # That has perhaps cut these texts before
@@ -233,12 +237,12 @@ def columns_of(
 
 def table_dls(
     table:pd.DataFrame, # Numbers and words (N, columns)
-    labels, # Class indices (N,)
-    vocab, # Class names
-    splits, # Item numbers of the training set and of the validation set
+    labels:np.ndarray, # Class indices (N,)
+    vocab:Iterable, # Class names
+    splits:Sequence, # Item numbers of the training set and of the validation set
     bs:int=64, # Batch size
     target:str='target', # Name of the column of the classes
-): # fastai `TabularDataLoaders`
+)->DataLoaders: # fastai `TabularDataLoaders`
     "A table with a class per row"
     numbers,words,gaps = columns_of(table)
     vocab = [str(v) for v in vocab]

@@ -35,7 +35,7 @@ def lines_of(
 
 # %% ../../nbs/53_data.masks.ipynb #96d88257
 def mask_files(
-    path, # Folder with `images`, `labels` or `masks`, and `codes.txt`
+    path:str|Path, # Folder with `images`, `labels` or `masks`, and `codes.txt`
 )->tuple: # Image files, mask files, class names, split or None
     "Find images and their masks. What is missing: ValueError that names it"
     path = Path(path)

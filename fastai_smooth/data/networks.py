@@ -11,6 +11,8 @@ __all__ = ['NETWORKS', 'load_weights', 'small_convnet', 'build_model', 'body_of'
 # %% ../../nbs/58_data.networks.ipynb #4fc3dc0e
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -27,7 +29,7 @@ from .images import downloading
 # %% ../../nbs/58_data.networks.ipynb #4c179266
 def load_weights(
     model:nn.Module, # Gets the weights
-    file, # State dict, read with `weights_only`, so that it cannot run code
+    file:str|Path, # State dict, read with `weights_only`, so that it cannot run code
 )->int: # How many tensors were loaded
     "Load what fits: by name, else one after the other if the shapes come in the same order. A file that cannot be read or does not fit: ValueError"
     try: state = torch.load(file, map_location='cpu', weights_only=True)
@@ -150,7 +152,7 @@ NETWORKS = {'images': 'convnet', 'masks': 'segmenter', 'texts': 'small_awd_lstm'
 def network_for(
     kind:str, # One of `NETWORKS`
     arch:str, # Its network there, 'awd_lstm' for texts, or a timm model for images, a torchvision model for masks
-    n_channels, # Channels of the images, size of the vocabulary, or the columns of a table: sizes of the embeddings, and the number of numbers
+    n_channels:Any, # Channels of the images, size of the vocabulary, or the columns of a table: sizes of the embeddings, and the number of numbers
     n_classes:int, # Number of classes
     weights:str|None=None, # File with a state dict; its head is left out if it has other classes
     pretrained:bool=False, # Whether to start from downloaded weights

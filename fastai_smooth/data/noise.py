@@ -8,6 +8,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/data.noise.html.md"""
 __all__ = ['transition_matrix', 'corrupt_labels']
 
 # %% ../../nbs/57_data.noise.ipynb #49a789f0
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def transition_matrix(
 
 # %% ../../nbs/57_data.noise.ipynb #c96eb73a
 def corrupt_labels(
-    y, # Class indices of any shape: integer tensor, array or sequence
+    y:Tensor|Sequence, # Class indices of any shape: integer tensor, array or sequence
     rate:float, # Probability that a label is wrong, in [0, 1]
     kind:str='symmetric', # 'symmetric', 'pair' or 'asymmetric'
     n_classes:int|None=None, # Number of classes K; one more than the largest label if None

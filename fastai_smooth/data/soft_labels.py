@@ -9,8 +9,9 @@ __all__ = ['vote_names', 'shares_of', 'TensorSoftCategory', 'SoftCategory', 'Sof
            'top_accuracy', 'DawidSkene']
 
 # %% ../../nbs/50_data.soft_labels.ipynb #446afe6a
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Number
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from fastai.data.block import TransformBlock
 from fastai.data.transforms import CategoryMap
 from fastai.torch_core import TensorCategory, TitledStr
 from fasttransform import DisplayedTransform
+from numpy.typing import ArrayLike
 from scipy import sparse
 from torch import Tensor
 
@@ -76,7 +78,8 @@ class SoftCategorize(DisplayedTransform):
         sep:str=';', # Between votes in a string
     ):
         super().__init__()
-        self.sep,self.vocab = sep,None if vocab is None else CategoryMap(list(vocab), sort=False)
+        self.sep = sep
+        self.vocab:Any = None if vocab is None else CategoryMap(list(vocab), sort=False)
 
     def setups(self, dsets):
         if self.vocab is None and dsets is not None: self.vocab = CategoryMap(sorted({v for o in dsets for v in vote_names(o, self.sep)}), sort=False)
@@ -90,7 +93,7 @@ class SoftCategorize(DisplayedTransform):
         return SoftCategory(self.vocab[top], float(o[top]))
 
 def SoftCategoryBlock(
-    vocab=None, # Class names. None: all that occur, in order
+    vocab:Iterable|None=None, # Class names. None: all that occur, in order
     sep:str=';', # Between votes in a string
 )->TransformBlock:
     "A `TransformBlock` of votes, counts or probabilities as labels"
@@ -98,15 +101,15 @@ def SoftCategoryBlock(
 
 # %% ../../nbs/50_data.soft_labels.ipynb #2c45dd58
 def top_class(
-    labels # Class indices (N,), or soft labels (N, K)
-): # Class indices (N,): what class weights and stratified splits look at
+    labels:Tensor # Class indices (N,), or soft labels (N, K)
+)->Tensor: # Class indices (N,): what class weights and stratified splits look at
     "The class with the largest share"
     return labels.argmax(-1) if labels.ndim == 2 else labels
 
 def top_accuracy(
-    pred, # Logits or probabilities (N, K)
-    target, # Class indices (N,), or soft labels (N, K)
-): # In [0, 1]
+    pred:Tensor, # Logits or probabilities (N, K)
+    target:Tensor, # Class indices (N,), or soft labels (N, K)
+)->Tensor: # In [0, 1]
     "Accuracy against the top class, as a metric of a `Learner`"
     return (pred.argmax(-1) == top_class(target)).float().mean()
 
@@ -114,15 +117,14 @@ def top_accuracy(
 class DawidSkene:
     "True classes and confusions of annotators from votes: `fit` makes `probabilities`, `prior` and `confusion`"
     def __init__(self,
-        votes, # Class numbers (N, A) of items and annotators, below 0 or nan where nobody was asked; or a DataFrame of class names
+        votes:ArrayLike|pd.DataFrame, # Class numbers (N, A) of items and annotators, below 0 or nan where nobody was asked; or a DataFrame of class names
         n_classes:int|None=None, # Number of classes of class numbers. None: one more than the largest
         alpha:float=1., # Votes that each row of a confusion gets in advance
-    ):
-        self.alpha,names = alpha,isinstance(votes, pd.DataFrame)
-        self.annotators = [str(c) for c in votes.columns] if names else None
-        if names and not all(pd.api.types.is_numeric_dtype(t) for t in votes.dtypes):
-            self.vocab = sorted({str(v) for v in votes.to_numpy().ravel() if isinstance(v, str)})
-            numbers = votes.apply(lambda c: pd.Categorical(c, self.vocab).codes).to_numpy()
+    )->None:
+        self.alpha,frame = alpha,votes if isinstance(votes, pd.DataFrame) else None
+        if frame is not None and not all(pd.api.types.is_numeric_dtype(t) for t in frame.dtypes):
+            self.vocab = sorted({str(v) for v in frame.to_numpy().ravel() if isinstance(v, str)})
+            numbers = frame.apply(lambda c: pd.Categorical(c, self.vocab).codes).to_numpy()
         else:
             numbers = np.nan_to_num(np.asarray(votes, dtype=np.float64), nan=-1).astype(np.int64)
             self.vocab = [str(k) for k in range(n_classes or int(numbers.max(initial=-1))+1)]
@@ -133,7 +135,7 @@ class DawidSkene:
         asked = numbers >= 0
         some = asked.any(1)
         if not some.all(): raise ValueError(f"Nobody has voted on item {int(some.argmin())} ({(~some).sum()} such items): leave them out.")
-        self.annotators = self.annotators or [str(a) for a in range(numbers.shape[1])]
+        self.annotators = [str(a) for a in (range(numbers.shape[1]) if frame is None else frame.columns)]
         items,who = np.nonzero(asked)
         shape = len(numbers),numbers.shape[1]*len(self.vocab)
         self.cast = sparse.csr_matrix((np.ones(len(items)), (items, who*len(self.vocab)+numbers[asked])), shape) # a column per annotator and class
@@ -169,7 +171,7 @@ class DawidSkene:
         "The most probable class of each item"
         return self.probabilities.argmax(1)
 
-    def plot(self):
+    def plot(self)->np.ndarray: # Axes
         "How each annotator confuses the classes; the title says how often he or she is right"
         import matplotlib.pyplot as plt
         fig,axs = plt.subplots(1, len(self.annotators), figsize=(2.6*len(self.annotators), 2.9), layout='constrained', squeeze=False)

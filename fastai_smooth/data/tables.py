@@ -10,8 +10,10 @@ __all__ = ['COLUMNS', 'read_frame', 'cell_votes', 'column_votes', 'check_delimit
 # %% ../../nbs/54_data.tables.ipynb #05fb5a5c
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -168,7 +170,7 @@ def label_column(table, target, item, kind, path):
 class Table:
     "What a CSV file holds"
     kind:str # 'file', 'text' or 'table'
-    items:object # Paths, strings, or a DataFrame of numbers and words
+    items:Any # Paths, strings, or a DataFrame of numbers and words
     labels:np.ndarray # Class indices (N,), or multi-hot labels (N, K)
     vocab:list # Class names
     split:tuple|None # Item numbers of the training and validation set, if there is a column `is_valid`
@@ -219,12 +221,12 @@ def useful_columns(
 
 # %% ../../nbs/54_data.tables.ipynb #3b756efb
 def read_table(
-    path, # CSV file
+    path:str|Path, # CSV file
     delimiter:str|None=None, # Between several labels in a cell. None: one label each, unless they look like several; empty: one label each
     target:str|None=None, # Column of the labels. None: the one that is called `label` (or `class`, `tags`)
     skip_broken:bool=False, # Leave out rows without an item or a label, and missing files
     votes:str|None=None, # Between votes in a cell, such as 'cat;cat;dog'. None: they are no votes
-    labels=None, # Columns of counts or probabilities, which are the classes
+    labels:str|Sequence[str]|None=None, # Columns of counts or probabilities, which are the classes
 )->Table:
     "Read a table. A missing column, value, label or file, or one class: ValueError that names it"
     path = Path(path)
@@ -236,7 +238,7 @@ def read_table(
     if kind is None and (votes or labels):
         raise ValueError(f"{path} holds rows of a table, and votes are for files or texts: call their column 'file' or 'text'.")
     label = None if labels else label_column(texts, target, item, kind, path)
-    counts = column_votes(texts, labels, path, skip_broken) if labels else None
+    counts:Any = column_votes(texts, labels, path, skip_broken) if labels else None
     if kind == 'file' and (path.parent/item).is_file(): raise ValueError(f"{path} has no line with the names of its columns: the first line is a file.")
     rows,more = full_rows(texts, [c for c in (item, None if delimiter else label) if c is not None], path, skip_broken)
     if labels: rows = rows[counts[rows].sum(1) > 0]
@@ -263,4 +265,4 @@ def read_table(
         rest = values.drop(columns=[c for c in (label, 'is_valid') if c in values]).reset_index(drop=True)
         items,more = useful_columns(rest, path)
         notes = notes+more
-    return Table(kind or 'table', items, numbers, vocab, split, label or ', '.join(labels), notes, counts)
+    return Table(kind or 'table', items, numbers, vocab, split, label or ', '.join(labels or ()), notes, counts)

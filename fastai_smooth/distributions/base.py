@@ -9,20 +9,25 @@ __all__ = ['Distribution', 'Mixture']
 
 # %% ../../nbs/10_distributions.base.ipynb #380804a6
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..targets import base_tensor, check_dist, is_index, is_mixed
+from ..targets import Inputs, Target, base_tensor, check_dist, is_index, is_mixed
+
+if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../../nbs/10_distributions.base.ipynb #b1a50001
 def plot_matrix(
     matrix:Tensor, # Row-stochastic transition, (K, K)
-    names, # Class names
+    names:Iterable, # Class names
     title:str, # Of the plot
-    ax=None, # Axes to draw in
-): # The axes
+    ax:'Axes|None'=None, # Axes to draw in
+)->'Axes': # The axes
     "Draw a transition matrix, true classes down and receiving classes across"
     import matplotlib.pyplot as plt
     names = [str(v) for v in names]
@@ -37,13 +42,18 @@ def plot_matrix(
 # %% ../../nbs/10_distributions.base.ipynb #facea134
 class Distribution(nn.Module):
     "Base of the distributions: called with a dense target, returns where its mass goes if all of it is smoothed away"
-    n_classes = None # Number of classes that this distribution was made for; None: any
+    if TYPE_CHECKING: # what a call gives, and what torch keeps in tables of its own
+        def __call__(self, target:Target, axis:int=1, logits:Tensor|None=None, inputs:Inputs=None)->Tensor: ...
+        def __getattr__(self, name:str)->Any: ...
+        @property
+        def n_classes(self)->int|None: ...
+    else: n_classes = None # Number of classes that this distribution was made for; None: any
 
     def forward(self,
-        target:Tensor, # Dense or mixed target
+        target:Target, # Dense or mixed target
         axis:int=1, # Class dimension
         logits:Tensor|None=None, # Predictions of the model, for the distributions that ask for them
-        inputs=None, # What the model was called with, for the distributions that ask for it
+        inputs:Inputs=None, # What the model was called with, for the distributions that ask for it
     )->Tensor: # Dense target of the same shape, dtype and mass per position
         raise TypeError(f"{type(self).__name__} does not say where the mass goes: define forward(target, axis, logits, inputs).")
 
@@ -55,19 +65,19 @@ class Distribution(nn.Module):
 
     def check_classes(self,
         n_classes:int # Number of classes K
-    ):
+    )->None:
         "Raise a ValueError with both numbers if this distribution was made for another number of classes"
         if self.n_classes is not None and self.n_classes != n_classes:
             raise ValueError(f"{type(self).__name__} was made for {self.n_classes} classes, but there are {n_classes} here.")
 
     def follow(self,
         q:Tensor # Target
-    ):
+    )->None:
         "Move the own buffers to the device of a target, once: no later call copies them"
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.device != q.device: setattr(self, name, buffer.to(q.device))
 
-    def members(self)->list: # Distributions that are no sums of others
+    def members(self)->list['Distribution']: # Distributions that are no sums of others
         "This distribution, or those that it is made of in the end, each once however often it occurs"
         return [m for m in self.modules() if isinstance(m, Distribution) and not isinstance(m, Mixture)]
 
@@ -75,19 +85,19 @@ class Distribution(nn.Module):
         logits:Tensor, # Predictions (N, K, *) of a training batch
         labels:Tensor, # Their labels (N, *)
         axis:int=1, # Class dimension of the predictions
-    ):
+    )->None:
         "Learn from a training batch. Most distributions don't"
 
-    def next_epoch(self): "Use from now on what the training pass that is over taught"
-    def forget(self): "Drop what was learned since the last `next_epoch`"
+    def next_epoch(self)->None: "Use from now on what the training pass that is over taught"
+    def forget(self)->None: "Drop what was learned since the last `next_epoch`"
 
-    def memory(self)->dict: # Names to tensors; empty for distributions that are made anew with their arguments
+    def memory(self)->dict[str,Tensor]: # Names to tensors; empty for distributions that are made anew with their arguments
         "The state that belongs in a checkpoint"
         return {}
 
     def remember(self,
-        state:dict # What `memory` gave
-    ):
+        state:dict[str,Tensor] # What `memory` gave
+    )->None:
         "Take over the state of a checkpoint; what it lacks stays as it is"
         for name, own in self.memory().items():
             if name not in state: continue
@@ -95,28 +105,28 @@ class Distribution(nn.Module):
                 raise ValueError(f"The checkpoint has {name!r} of shape {tuple(state[name].shape)}, but {self!r} one of {tuple(own.shape)}.")
             own.copy_(state[name])
 
-    def __mul__(self, weight)->'Mixture':
+    def __mul__(self, weight:float)->'Mixture':
         if isinstance(weight, bool) or not isinstance(weight, (int, float)): return NotImplemented
         return Mixture([self], [weight])
     __rmul__ = __mul__
-    def __add__(self, other)->'Mixture':
+    def __add__(self, other:'Distribution')->'Mixture':
         if not isinstance(other, Distribution): return NotImplemented
         one,two = (d if isinstance(d, Mixture) else Mixture([d], [1.]) for d in (self, other))
         return Mixture([*one.parts, *two.parts], [*one.weights, *two.weights])
 
     def plot(self,
         vocab:Iterable|int, # Class names, or their number
-        ax=None, # Axes to draw in
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw in
+    )->'Axes': # The axes
         "Draw the transition matrix, true classes down and receiving classes across"
         names = list(range(vocab) if isinstance(vocab, int) else vocab)
         return plot_matrix(self.matrix(len(names)), names, type(self).__name__, ax)
 
 # %% ../../nbs/10_distributions.base.ipynb #b1a50003
 def check_distribution(
-    dist, # What was given as `dist`; None is fine
+    dist:object, # What was given as `dist`; None is fine
     convention:str='uniform', # The convention beside it
-):
+)->None:
     "TypeError for what is no distribution; ValueError where a distribution and a convention both claim to say where the mass goes"
     if isinstance(dist, nn.Module) and not isinstance(dist, Distribution):
         raise TypeError(f"dist must be a distribution such as Uniform(), but is a {type(dist).__name__}: a model becomes one with Teacher(model).")
@@ -124,7 +134,7 @@ def check_distribution(
 
 # %% ../../nbs/10_distributions.base.ipynb #4b235a9e
 def dense_of(
-    target:Tensor, # Dense or mixed target
+    target:Target, # Dense or mixed target
     axis:int, # Class dimension that is asked for
 )->Tensor: # The dense form, with the classes there
     "The dense form of what a distribution is called with. Index targets: ValueError"
@@ -141,12 +151,12 @@ def in_single(
 
 def without_autocast(
     x:Tensor # Any tensor
-): # A context
+)->AbstractContextManager: # A context
     "Keeps autocast from computing in half precision"
     return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext()
 
 def floats(
-    x, # Array, tensor, or nested sequence of numbers
+    x:object, # Array, tensor, or nested sequence of numbers
     name:str, # How the message calls it
 )->Tensor: # New float64 tensor on the CPU, without a graph: not every device has double precision
     "A copy of `x` in double precision. What is not finite: ValueError"
@@ -158,46 +168,48 @@ def floats(
 # %% ../../nbs/10_distributions.base.ipynb #d0cc495c
 class Mixture(Distribution):
     "A weighted sum of distributions, as `0.7*Uniform() + 0.3*ClassPrior(counts)` makes it"
+    parts:Any # distributions
+
     def __init__(self,
-        parts, # Distributions
-        weights, # One number per part, at least 0; they must sum to 1 when the sum is used
-    ):
+        parts:Iterable[Distribution], # Distributions
+        weights:Iterable[float], # One number per part, at least 0; they must sum to 1 when the sum is used
+    )->None:
         super().__init__()
         self.parts,self.weights = nn.ModuleList(parts),[float(w) for w in weights]
         if len(self.parts) != len(self.weights): raise ValueError(f"There are {len(self.weights)} weights for {len(self.parts)} distributions.")
         if not all(w >= 0 for w in self.weights): raise ValueError(f"The weights of a sum of distributions must be at least 0, but are {self.weights}.")
 
-    def __mul__(self, weight):
+    def __mul__(self, weight:float)->'Mixture':
         if isinstance(weight, bool) or not isinstance(weight, (int, float)): return NotImplemented
         return Mixture(self.parts, [w*weight for w in self.weights])
     __rmul__ = __mul__
 
-    def check_sum(self):
+    def check_sum(self)->None:
         "Raise a ValueError if the weights do not sum to 1"
         if abs(sum(self.weights)-1) > 1e-6:
             raise ValueError(f"The weights of {self!r} sum to {sum(self.weights):g}, but they must sum to 1, so that smoothing keeps the mass.")
 
-    def check_classes(self, n_classes):
+    def check_classes(self, n_classes:int)->None:
         self.check_sum()
         for part in self.parts: part.check_classes(n_classes)
 
     @property
-    def n_classes(self): return next((part.n_classes for part in self.parts if part.n_classes is not None), None)
+    def n_classes(self)->int|None: return next((part.n_classes for part in self.parts if part.n_classes is not None), None)
 
-    def forward(self, target, axis=1, logits=None, inputs=None):
+    def forward(self, target:Target, axis:int=1, logits:Tensor|None=None, inputs:Inputs=None)->Tensor:
         self.check_sum()
-        return sum(w*part(target, axis=axis, logits=logits, inputs=inputs) for w, part in zip(self.weights, self.parts))
+        return reduce(add, (w*part(target, axis=axis, logits=logits, inputs=inputs) for w, part in zip(self.weights, self.parts)))
 
-    def matrix(self, n_classes):
+    def matrix(self, n_classes:int)->Tensor:
         self.check_classes(n_classes)
-        return sum(w*part.matrix(n_classes) for w, part in zip(self.weights, self.parts))
+        return reduce(add, (w*part.matrix(n_classes) for w, part in zip(self.weights, self.parts)))
 
-    def update(self, logits, labels, axis=1):
+    def update(self, logits:Tensor, labels:Tensor, axis:int=1)->None:
         for part in self.members(): part.update(logits, labels, axis)
-    def next_epoch(self):
+    def next_epoch(self)->None:
         for part in self.members(): part.next_epoch()
-    def forget(self):
+    def forget(self)->None:
         for part in self.members(): part.forget()
-    def memory(self): return {f'{i}.{name}': t for i, part in enumerate(self.parts) for name, t in part.memory().items()}
+    def memory(self)->dict[str,Tensor]: return {f'{i}.{name}': t for i, part in enumerate(self.parts) for name, t in part.memory().items()}
 
     def __repr__(self): return ' + '.join(f'{w!r}*({part!r})' if isinstance(part, Mixture) else f'{w!r}*{part!r}' for w, part in zip(self.weights, self.parts))

@@ -10,13 +10,14 @@ __all__ = ['Online', 'Teacher']
 # %% ../../nbs/12_distributions.learned.ipynb #f1a50103
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .base import Distribution, dense_of, in_single
 from .fixed import through
-from ..targets import base_tensor, is_readable
+from ..targets import Inputs, Target, base_tensor, is_readable
 
 # %% ../../nbs/12_distributions.learned.ipynb #5b93464a
 class Online(Distribution):
@@ -26,7 +27,7 @@ class Online(Distribution):
     def __init__(self,
         n_classes:int, # Number of classes K
         momentum:float|None=None, # In [0, 1): how much of the old matrix stays at each epoch. None: nothing
-    ):
+    )->None:
         super().__init__()
         if isinstance(n_classes, bool) or int(n_classes) != n_classes or n_classes < 1:
             raise ValueError(f"n_classes must be at least 1, but got {n_classes!r}.")
@@ -37,10 +38,10 @@ class Online(Distribution):
         self.register_buffer('counts', torch.zeros(self._n_classes, dtype=torch.int64), persistent=False)
 
     @property
-    def n_classes(self): return self._n_classes
+    def n_classes(self)->int: return self._n_classes
 
     @torch.no_grad()
-    def update(self, logits, labels, axis=1):
+    def update(self, logits:Tensor, labels:Tensor, axis:int=1)->None:
         self.check_classes(logits.shape[axis])
         z,labels = base_tensor(logits).detach().movedim(axis, -1),base_tensor(labels)
         if labels.is_floating_point(): # dense labels: the class with the most mass, if there is any
@@ -58,7 +59,7 @@ class Online(Distribution):
         self.counts.index_add_(0, labels, right.squeeze(-1).long())
 
     @torch.no_grad()
-    def next_epoch(self):
+    def next_epoch(self)->None:
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(self.sums)
             torch.distributed.all_reduce(self.counts)
@@ -69,15 +70,15 @@ class Online(Distribution):
             else: row.mul_(self.momentum).add_(new, alpha=1-self.momentum)
         self.forget()
 
-    def forget(self):
+    def forget(self)->None:
         self.sums.zero_()
         self.counts.zero_()
 
-    def memory(self): return {'transition': self.transition}
+    def memory(self)->dict[str,Tensor]: return {'transition': self.transition}
 
-    def forward(self, target, axis=1, logits=None, inputs=None): return through(self, target, axis)
+    def forward(self, target:Target, axis:int=1, logits:Tensor|None=None, inputs:Inputs=None)->Tensor: return through(self, target, axis)
 
-    def matrix(self, n_classes):
+    def matrix(self, n_classes:int)->Tensor:
         self.check_classes(n_classes)
         return self.transition.clone()
 
@@ -87,9 +88,9 @@ class Online(Distribution):
 class Teacher(Distribution):
     "By the predictions of another model: distillation, Hinton et al. 2015, https://arxiv.org/abs/1503.02531. A pickle leaves the model out"
     def __init__(self,
-        model, # An nn.Module or a fastai Learner that gives logits
+        model:nn.Module|Any, # An nn.Module or a fastai Learner that gives logits
         temperature:float=1., # Above 0: the larger, the softer
-    ):
+    )->None:
         super().__init__()
         inner = getattr(model, 'model', None)
         self.model = model if isinstance(model, nn.Module) or not isinstance(inner, nn.Module) else inner
@@ -104,10 +105,10 @@ class Teacher(Distribution):
         if not (value > 0 and math.isfinite(value)): raise ValueError(f"temperature must be above 0, but got {value!r}.")
         self.scale.fill_(value)
 
-    def memory(self): return {'temperature': self.scale}
+    def memory(self)->dict[str,Tensor]: return {'temperature': self.scale}
 
     def predict(self,
-        inputs # A tensor, or the tuple of the inputs
+        inputs:Inputs # A tensor, or the tuple of the inputs
     )->Tensor: # Logits
         "The teacher's logits, the first element of what a model with several outputs gives. The mode of each of its modules is put back"
         self.check_model()
@@ -119,12 +120,12 @@ class Teacher(Distribution):
             for m, training in modes: m.training = training
         return z[0] if isinstance(z, (tuple, list)) and len(z) else z
 
-    def check_model(self):
+    def check_model(self)->None:
         "Raise a ValueError if the model was left out of a pickle"
         if self.model is None:
             raise ValueError(f"{self!r} has no model any more: pickles, such as that of learn.export, leave it out. Set its `.model` to go on training.")
 
-    def check_classes(self, n_classes):
+    def check_classes(self, n_classes:int)->None:
         self.check_model() # the callback asks at the start of a fit
         super().check_classes(n_classes)
 
@@ -140,7 +141,7 @@ class Teacher(Distribution):
         new.__dict__.update(state)
         return new
 
-    def forward(self, target, axis=1, logits=None, inputs=None):
+    def forward(self, target:Target, axis:int=1, logits:Tensor|None=None, inputs:Inputs=None)->Tensor:
         q = dense_of(target, axis)
         if inputs is None: raise ValueError(f"{self!r} needs `inputs`: use it with the callback, which passes on what the model was called with.")
         z = self.predict(inputs)

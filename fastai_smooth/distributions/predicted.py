@@ -11,33 +11,35 @@ __all__ = ['Zipf', 'PossibleClasses']
 import math
 
 import torch
+from torch import Tensor
 
 from .base import Distribution, dense_of, in_single
-from ..targets import base_tensor
+from ..targets import Inputs, Target, base_tensor
 
 # %% ../../nbs/13_distributions.predicted.ipynb #85ff91ff
 def logits_needed(
     dist:Distribution, # The distribution that asks
-    logits, # What it was given
-    q, # Dense target
-):
+    logits:Tensor|None, # What it was given
+    q:Tensor, # Dense target
+)->Tensor: # The logits
     "Raise a ValueError if there are no logits, or none that fit"
     if logits is None: raise ValueError(f"{dist!r} needs `logits`: use it with a loss or the callback, which pass the predictions on.")
     if logits.shape != q.shape: raise ValueError(f"{dist!r} got logits of shape {tuple(logits.shape)} for a target of shape {tuple(q.shape)}.")
+    return logits
 
 # %% ../../nbs/13_distributions.predicted.ipynb #86f648a2
 class Zipf(Distribution):
     "By the rank of the predictions among the other classes: shares proportional to rank^-power"
     def __init__(self,
         power:float=1. # At least 0: the larger, the more the first ones get; 0 is uniform over the others
-    ):
+    )->None:
         super().__init__()
         if not (power >= 0 and math.isfinite(power)): raise ValueError(f"power must be at least 0, but got {power!r}.")
         self.power = float(power)
 
-    def forward(self, target, axis=1, logits=None, inputs=None):
+    def forward(self, target:Target, axis:int=1, logits:Tensor|None=None, inputs:Inputs=None)->Tensor:
         q = dense_of(target, axis)
-        logits_needed(self, logits, q)
+        logits = logits_needed(self, logits, q)
         k = q.shape[axis]
         if k < 2: raise ValueError("Zipf needs at least 2 classes: with one there are no others.")
         last = in_single(q).movedim(axis, -1)
@@ -57,9 +59,9 @@ class Zipf(Distribution):
 # %% ../../nbs/13_distributions.predicted.ipynb #f1a5020a
 class PossibleClasses(Distribution):
     "All classes alike whose logit is not -inf: for action masks, padded vocabularies, classes that some rows cannot have"
-    def forward(self, target, axis=1, logits=None, inputs=None):
+    def forward(self, target:Target, axis:int=1, logits:Tensor|None=None, inputs:Inputs=None)->Tensor:
         q = dense_of(target, axis)
-        logits_needed(self, logits, q)
+        logits = logits_needed(self, logits, q)
         rows,possible = in_single(q),~base_tensor(logits).detach().isneginf()
         n = possible.sum(axis, keepdim=True)
         u = possible*(rows.sum(axis, keepdim=True)/n.clamp(min=1))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Distribution, dense_of, in_single
+from ..targets import Inputs, Target
 
 # %% ../../nbs/14_distributions.spatial.ipynb #ab4b4f85
 def add_neighbours(
@@ -39,7 +40,7 @@ class Spatial(Distribution):
     def __init__(self,
         kernel_size:int=3, # Pixels, odd, at least 3
         sigma:float=1., # Width of the Gaussian in pixels, at least 0.2: below that no neighbour counts
-    ):
+    )->None:
         super().__init__()
         if isinstance(kernel_size, bool) or int(kernel_size) != kernel_size or kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be an odd number of at least 3, but got {kernel_size!r}.")
@@ -67,7 +68,7 @@ class Spatial(Distribution):
             weight += one*(1+weight)
         return around.mul_(.5/weight).add_(x, alpha=.5)
 
-    def forward(self, target, axis=1, logits=None, inputs=None):
+    def forward(self, target:Target, axis:int=1, logits:Tensor|None=None, inputs:Inputs=None)->Tensor:
         q = dense_of(target, axis)
         if q.ndim not in (4, 5): raise ValueError(f"Spatial is for masks with 2 or 3 spatial dimensions, but got a target of shape {tuple(q.shape)}.")
         first = in_single(q).movedim(axis, 1)

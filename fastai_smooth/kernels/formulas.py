@@ -9,14 +9,15 @@ __all__ = ['smooth_cross_entropy_reference', 'smooth_binary_cross_entropy_refere
 
 # %% ../../nbs/20_kernels.formulas.ipynb #1a72cb67
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..targets import (base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, check_labels, is_index, is_mixed, is_readable,
-                                   per_class, shape_error, transforms_active)
+from ..targets import (Eps, Target, base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, check_labels, is_index, is_mixed,
+                                   is_readable, per_class, shape_error, transforms_active)
 
 # %% ../../nbs/20_kernels.formulas.ipynb #3c3cd939
 def check_several_classes(
@@ -69,8 +70,7 @@ def all_classes(
     ignore_index:int|None, # Index without mass
 )->bool: # False also where one may be ignored
     "Whether all indices are classes in [0, K)"
-    low, high = index.aminmax()
-    low, high = low.item(), high.item()
+    low, high = (int(v.item()) for v in index.aminmax())
     return 0 <= low and high < n_classes and (ignore_index is None or not low <= ignore_index <= high)
 
 def kept_entries(
@@ -187,7 +187,7 @@ def cross_entropy_of_log_probs(
     by_class = weight is not None and weight_by == 'class'
     moved = coefficient*e
     loss = times((coefficient-moved)*(w if by_class else 1.), chosen).sum(axis)
-    of_class = per_class(weight, log_probs, axis, None, 'weight') if by_class else None
+    of_class:Any = per_class(weight, log_probs, axis, None, 'weight') if by_class else None
     if received is not None: loss = loss + times(received*of_class if by_class else received, surprise).sum(axis)
     elif isinstance(e, Tensor) or e != 0:
         loss = loss + times(moved.sum(axis), (times(of_class, surprise) if by_class else surprise).mean(axis))
@@ -198,8 +198,8 @@ def cross_entropy_of_log_probs(
 # %% ../../nbs/20_kernels.formulas.ipynb #c614a6b4
 def smooth_cross_entropy_reference(
     logits:Tensor, # Logits, (N, K, *) with the classes at `axis`, any floating dtype; half precision is computed in float32
-    target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
-    eps:float=0.1, # Smoothing strength in [0, 1]: a number, or a tensor with one per class
+    target:Target, # Index (N, *), dense (N, K, *) or mixed target
+    eps:Eps=0.1, # Smoothing strength in [0, 1]: a number, or a tensor with one per class
     *,
     axis:int=-1, # Class dimension
     weight:Tensor|None=None, # Class weights (K,)
@@ -254,8 +254,8 @@ def binary_cross_entropy_of_logits(
 # %% ../../nbs/20_kernels.formulas.ipynb #677d6d9a
 def smooth_binary_cross_entropy_reference(
     logits:Tensor, # Logits, (N, K) or any shape, any floating dtype; half precision is computed in float32
-    target:Tensor, # Multi-hot or per-class probabilities of the same shape (nan: unknown), indices (N,), or mixed target
-    eps:float=0.1, # Smoothing strength in [0, 1]
+    target:Target, # Multi-hot or per-class probabilities of the same shape (nan: unknown), indices (N,), or mixed target
+    eps:Eps=0.1, # Smoothing strength in [0, 1]
     *,
     axis:int|None=None, # Class dimension. None: 1 for more than two dimensions, else the last
     convention:str='half', # 'half', 'uniform' (over the classes) or 'complement'

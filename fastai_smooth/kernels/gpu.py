@@ -58,12 +58,13 @@ def view_of(
 )->View|None: # None: the memory of one of them allows no view
     "How the kernels see logits and target"
     for split in (0, 1) if math.prod(shape[axis+1:]) == 1 else (axis,):
-        views = [view_strides(shape, t, axis, split) if t is not None else (0, 0, 0) for t in (z, y, c)]
+        views:list = [view_strides(shape, t, axis, split) if t is not None else (0, 0, 0) for t in (z, y, c)]
         if None in views: continue
         _, k, b = views[0]
         n_inner = math.prod([n for d, n in enumerate(shape) if d >= split and d != axis])
         class_axis = 1 if n_inner == 1 or k <= b else 0
         return View(split, n_inner, (*views[0], *views[1], *views[2]), class_axis, shape[axis] <= (SINGLE_ROWS if class_axis else SINGLE_TILES))
+    return None
 
 # %% ../../nbs/22_kernels.gpu.ipynb #7d40d78e
 cached_view, cached_strides = lru_cache(1024)(view_of), lru_cache(1024)(view_strides)
@@ -104,7 +105,8 @@ class LabelReport:
         device:torch.device # Device of the logits
     ):
         self.device, self.words = device, torch.zeros(2, dtype=torch.int64, pin_memory=device.type == 'cuda') # number of the call, label
-        self.view, self.calls, self.n = self.words.numpy(), [None]*256, 0
+        self.view, self.n = self.words.numpy(), 0
+        self.calls:list = [None]*256
 
     def new_call(self,
         *about # Shape of the labels, number of classes and ignored label
@@ -123,7 +125,7 @@ class LabelReport:
         shape, n_classes, ignore_index = self.calls[call % len(self.calls)]
         raise label_error(torch.tensor(label).expand(shape), n_classes, ignore_index)
 
-REPORTS = {}
+REPORTS:dict = {}
 
 def report_of(device:torch.device)->LabelReport:
     "The report of a device"
@@ -285,7 +287,7 @@ def softmax_fits(
     return target.shape in (without_classes, (*shape[:axis], 1, *shape[axis+1:])) or (target.ndim == 1 and len(target) == without_classes.numel())
 
 # %% ../../nbs/22_kernels.gpu.ipynb #b206bdd4
-AVAILABLE = {}
+AVAILABLE:dict = {}
 
 def try_kernels(device:torch.device):
     "Run the kernels on two rows. Anything wrong with them: an error"

@@ -10,6 +10,7 @@ __all__ = []
 # %% ../../nbs/22a_kernels.gpu_binary.ipynb #20de92bb
 import math
 from collections import namedtuple
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Optional
 
@@ -31,7 +32,7 @@ def layout_of(
 )->Layout|None: # None: they need more than three dimensions
     "All tensors of a binary loss seen with the same few dimensions"
     if index is not None:
-        groups = [d for d in range(index)], [index], [d for d in range(index+1, len(shape))]
+        groups:tuple = [d for d in range(index)], [index], [d for d in range(index+1, len(shape))]
         groups = groups if groups[2] else groups[:2]
         sizes = [math.prod([shape[d] for d in group]) for group in groups]
         seen = [None if s is None else [collapse([shape[d] for d in group], [s[d] for d in group]) for group in groups] for s in strides]
@@ -42,7 +43,9 @@ def layout_of(
         for d in sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[0][d]):
             step = [0 if s is None else s[d] for s in strides]
             if sizes and all(outer == inner*shape[d] for outer, inner in zip(steps[-1], step)): sizes[-1], steps[-1] = sizes[-1]*shape[d], step
-            else: sizes.append(shape[d]), steps.append(step)
+            else:
+                sizes.append(shape[d])
+                steps.append(step)
         if not sizes: sizes, steps = [1], [[1]*len(strides)]
     if len(sizes) > 3: return None
     flat = all(step[0] == math.prod(sizes[i+1:]) for i, step in enumerate(steps))
@@ -220,7 +223,8 @@ def gpu_binary_cross_entropy(
     axis:int, # Class dimension, not negative
 )->Tensor: # Loss in float32
     "Smoothed binary cross entropy by the kernels, for what `binary_fits`"
-    logits, levels = base_tensor(logits), (off, on)
+    logits = base_tensor(logits)
+    levels:Sequence = (off, on)
     y = as_entries(base_tensor(target), logits.shape, axis)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():

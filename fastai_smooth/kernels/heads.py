@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..distributions import ClassPrior, Distribution, Mixture, Similarity, Taxonomy, Uniform
 from .formulas import REDUCTIONS, cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, times
-from ..targets import base_tensor, check_choice, check_eps, dense_target, per_class, is_readable
+from ..targets import Eps, Target, base_tensor, check_choice, check_eps, dense_target, per_class, is_readable
 
 # %% ../../nbs/24_kernels.heads.ipynb #7059c53a
 def parts_of(
@@ -309,8 +309,8 @@ def check_head(features, weight, bias, class_weight, chunk):
 def smooth_linear_cross_entropy(
     features:Tensor, # Inputs of the last layer, (N, *, D)
     weight:Tensor, # Weight of the last layer, (K, D)
-    target:Tensor, # Index (N, *), dense (N, *, K), or mixed target with its classes last
-    eps:float=0.1, # Smoothing strength in [0, 1]: a number, or a tensor with one per class
+    target:Target, # Index (N, *), dense (N, *, K), or mixed target with its classes last
+    eps:Eps=0.1, # Smoothing strength in [0, 1]: a number, or a tensor with one per class
     *,
     bias:Tensor|None=None, # Bias of the last layer, (K,)
     dist:Distribution|None=None, # Where the mass goes: `Uniform`, `ClassPrior`, `Taxonomy`, `Similarity`, or a sum of them. None: to all classes alike

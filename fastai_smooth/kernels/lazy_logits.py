@@ -9,6 +9,7 @@ __all__ = ['built', 'LazyLogits', 'Features', 'LazyHead']
 
 # %% ../../nbs/24a_kernels.lazy_logits.ipynb #915e0b2c
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,8 @@ def torch_cross_entropy(input, target, weight=None, size_average=None, ignore_in
 def needs_gradient(z): return any(t is not None and t.requires_grad for t in (z.features, z.weight, z.bias))
 
 LAZY = {Tensor.transpose: transposed, torch.transpose: transposed, Tensor.view: viewed, Tensor.reshape: viewed, Tensor.float: as_float, Tensor.contiguous: same,
-        Tensor.requires_grad.__get__: needs_gradient, F.cross_entropy: torch_cross_entropy}
+        Tensor.requires_grad.__get__: needs_gradient, # type: ignore[attr-defined] # of the class it is a descriptor
+        F.cross_entropy: torch_cross_entropy}
 
 # %% ../../nbs/24a_kernels.lazy_logits.ipynb #a799fd78
 def built(x):
@@ -54,6 +56,12 @@ def built(x):
 
 class LazyLogits(Tensor):
     "The output of a linear layer before it is computed: the cross entropies take features, weight and bias, and whatever else is done to it computes it first"
+    features:Tensor
+    weight:Tensor
+    bias:Tensor|None
+    head:Any
+    steps:int
+
     @staticmethod
     def __new__(cls,
         features:Tensor, # Inputs of the layer, (N, *, D)

@@ -8,6 +8,9 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/kernels.paths.html.md"""
 __all__ = ['smooth_cross_entropy', 'smooth_binary_cross_entropy']
 
 # %% ../../nbs/23_kernels.paths.ipynb #843891cf
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +20,7 @@ from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, check_class_w
                                             cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, log_softmax, reduce)
 from .gpu import gpu_cross_entropy, gpu_takes
 from .gpu_binary import as_entries, gpu_binary_cross_entropy, gpu_takes_binary
-from ..targets import base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, per_class
+from ..targets import Eps, Target, base_tensor, binary_levels, binary_target, check_axis, check_choice, check_eps, per_class
 
 # %% ../../nbs/23_kernels.paths.ipynb #a3d1a81f
 def path_of(
@@ -57,7 +60,7 @@ def torch_cross_entropy(
     axis:int, # Class dimension, not negative
     weight:Tensor|None, # Class weights (K,)
     reduction:str, # 'mean', 'sum' or 'none'
-    formula, # The same loss as a function of the logits alone
+    formula:Callable[[Tensor],Tensor], # The same loss as a function of the logits alone
 )->Tensor: # Loss
     "Smoothed cross entropy of indices by `F.cross_entropy`"
     y, z = index.squeeze(axis), logits
@@ -86,7 +89,8 @@ def cross_entropy(
     reduction:str, # 'mean', 'sum' or 'none'
 )->Tensor: # Loss
     "Smoothed cross entropy of logits, by the path that suits"
-    logits, target, index, coefficient, native = base_tensor(logits), base_tensor(target), None, None, False
+    logits, target, coefficient, native = base_tensor(logits), base_tensor(target), None, False
+    index:Any = None
     formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
     on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
@@ -113,7 +117,7 @@ def cross_entropy_with(
     q:Tensor, # Dense target in at least single precision
     eps, # Smoothing strength: a number or one per class
     received:Tensor, # What each class receives of the moved mass, of the shape of `q`
-    log_probs, # Gives log p of the logits, for the formula
+    log_probs:Callable[[],Tensor], # Gives log p of the logits, for the formula
     axis:int, # Class dimension, not negative
     weight:Tensor|None, # Class weights (K,)
     weight_by:str, # 'class' or 'example'
@@ -127,8 +131,8 @@ def cross_entropy_with(
 # %% ../../nbs/23_kernels.paths.ipynb #0afbe3f8
 def smooth_cross_entropy(
     logits:Tensor, # Logits, (N, K, *) with the classes at `axis`, any floating dtype; half precision is computed in float32
-    target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
-    eps:float=0.1, # Smoothing strength in [0, 1]: a number, or a tensor with one per class
+    target:Target, # Index (N, *), dense (N, K, *) or mixed target
+    eps:Eps=0.1, # Smoothing strength in [0, 1]: a number, or a tensor with one per class
     *,
     axis:int=-1, # Class dimension
     weight:Tensor|None=None, # Class weights (K,)
@@ -156,7 +160,7 @@ def binary_entries(
 )->tuple: # Logits and target for `binary_cross_entropy`, and whether the target was given as indices
     "Logits and target as they are where the kernels of a GPU take them, else in single precision and dense. A shape that does not fit: ValueError"
     if isinstance(target, Tensor) and logits.ndim and gpu_takes_binary(logits, target, None, None, 'mean', 0., 1., axis % logits.ndim):
-        y = as_entries(base_tensor(target), logits.shape, axis % logits.ndim)
+        y:Any = as_entries(base_tensor(target), logits.shape, axis % logits.ndim)
         return base_tensor(logits), y, y.ndim < logits.ndim
     logits = in_single_precision(logits)
     return logits, *binary_target(logits, target, axis)
@@ -187,8 +191,8 @@ def binary_cross_entropy(
 # %% ../../nbs/23_kernels.paths.ipynb #677d6d9a
 def smooth_binary_cross_entropy(
     logits:Tensor, # Logits, (N, K) or any shape, any floating dtype; half precision is computed in float32
-    target:Tensor, # Multi-hot or per-class probabilities of the same shape (nan: unknown), indices (N,), or mixed target
-    eps:float=0.1, # Smoothing strength in [0, 1]
+    target:Target, # Multi-hot or per-class probabilities of the same shape (nan: unknown), indices (N,), or mixed target
+    eps:Eps=0.1, # Smoothing strength in [0, 1]
     *,
     axis:int|None=None, # Class dimension. None: 1 for more than two dimensions, else the last
     convention:str='half', # 'half', 'uniform' (over the classes) or 'complement'

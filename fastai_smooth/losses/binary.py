@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import binary_cross_entropy, binary_entries, class_axis, in_single_precision, single_like
 from .softmax import SmoothingLoss
-from ..targets import BINARY_CONVENTIONS, binary_levels, binary_target, check_choice, check_eps, read_eps
+from ..targets import BINARY_CONVENTIONS, Eps, Numbers, Target, binary_levels, binary_target, check_choice, check_eps, read_eps
 
 # %% ../../nbs/31_losses.binary.ipynb #b41aefa0
 class LabelSmoothingBCE(SmoothingLoss):
@@ -21,19 +21,19 @@ class LabelSmoothingBCE(SmoothingLoss):
     takes_multi_hot = True
 
     def __init__(self,
-        eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
-        weight:Tensor|None=None, # Factor, broadcast against the logits: (K,) weights classes
+        eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
+        weight:Numbers|None=None, # Factor, broadcast against the logits: (K,) weights classes
         reduction:str='mean', # 'mean' over the known entries, 'sum' or 'none' (one loss per entry)
         *,
-        pos_weight:Tensor|None=None, # Factor of the positive term, broadcast against the logits
+        pos_weight:Numbers|None=None, # Factor of the positive term, broadcast against the logits
         convention:str|None=None, # 'half', 'uniform', 'complement'. None: 'half' for multi-hot and dense, 'uniform' for index targets
         axis:int|None=None, # Class dimension. None: 1 for more than two dimensions, else the last
-        eps_pos:float|None=None, # Strength for the positive side, `eps` if None
-        eps_neg:float|None=None, # Strength for the negative side, `eps` if None
+        eps_pos:Eps|None=None, # Strength for the positive side, `eps` if None
+        eps_neg:Eps|None=None, # Strength for the negative side, `eps` if None
         thresh:float=0.5, # `decodes` predicts a label above this probability
         target_threshold:float|None=None, # Smoothed targets above it become 1, the others 0. ResNet strikes back uses it after mixing
         sum_classes:bool=False, # Sum over the classes before the mean
-    ):
+    )->None:
         super().__init__(eps, reduction)
         if convention is not None: check_choice(convention, BINARY_CONVENTIONS, 'convention')
         self._weight('weight', weight)
@@ -44,7 +44,7 @@ class LabelSmoothingBCE(SmoothingLoss):
 
     def forward(self,
         pred:Tensor, # Logits, (N, K) or any shape
-        target:Tensor, # Multi-hot or dense target of the same shape (nan: unknown), indices (N,), or mixed target
+        target:Target, # Multi-hot or dense target of the same shape (nan: unknown), indices (N,), or mixed target
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or the shape of `pred` for reduction 'none'
         "Smoothed binary cross entropy. Shapes or labels that do not fit: ValueError"
         axis = class_axis(pred, self.axis)

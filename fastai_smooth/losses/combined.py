@@ -8,7 +8,9 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/losses.combined.html.md"""
 __all__ = ['set_reductions', 'LossOfLosses', 'LogitPenalty', 'CombinedLoss', 'MultiTargetLoss', 'EachClass']
 
 # %% ../../nbs/34_losses.combined.ipynb #b6578f05
+from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from .binary import LabelSmoothingBCE
 from .overlap import LabelSmoothingDice
 from .settings import loss_settings
 from .softmax import SmoothingLoss
-from ..targets import base_tensor, check_axis, check_choice, dense_target, is_mixed, is_readable
+from ..targets import Eps, Inputs, Target, base_tensor, check_axis, check_choice, dense_target, is_mixed, is_readable
 
 # %% ../../nbs/34_losses.combined.ipynb #d27534a0
 def set_reductions(
@@ -38,26 +40,26 @@ def set_reductions(
 
 class LossOfLosses(SmoothingLoss):
     "Base of the losses that are made of others, its `parts`"
-    def __init__(self):
+    def __init__(self)->None:
         nn.Module.__init__(self) # eps and reduction are those of the parts
         self._own = None
 
     @property
     def eps(self)->float|Tensor: return self.parts()[0].eps
     @eps.setter
-    def eps(self, value):
+    def eps(self, value:Eps)->None:
         for loss in self.parts(): loss.eps = value
     @property
     def reduction(self)->str: return self.parts()[0].reduction
     @reduction.setter
-    def reduction(self, value): set_reductions(self, self.parts(), value)
+    def reduction(self, value:str)->None: set_reductions(self, self.parts(), value)
 
     @property
     def axis(self)->int: return self.parts()[0].axis
     @property
     def y_int(self)->bool: return all(getattr(loss, 'y_int', False) for loss in self.parts())
     @property
-    def takes_multi_hot(self)->bool: return any(loss.takes_multi_hot for loss in self.parts())
+    def takes_multi_hot(self)->bool: return any(loss.takes_multi_hot for loss in self.parts()) # type: ignore[override] # the parts decide
 
     def activation(self,
         pred:Tensor # Logits
@@ -72,7 +74,7 @@ class LossOfLosses(SmoothingLoss):
 
 # %% ../../nbs/34_losses.combined.ipynb #a2024321
 def mass_of(
-    target, # Index, dense or mixed target
+    target:Target, # Index, dense or mixed target
     pred:Tensor, # Logits (N, K, *)
     axis:int, # Class dimension, not negative
     ignore_index:int|None, # Index without mass
@@ -94,7 +96,7 @@ class LogitPenalty(LossOfLosses):
         kind:str='margin', # 'margin', 'maxsup' or 'confidence'
         strength:float=0.1, # Factor of the penalty, at least 0
         margin:float=10., # For 'margin': distance to the top logit that costs nothing, at least 0
-    ):
+    )->None:
         check_choice(kind, ('margin', 'maxsup', 'confidence'), 'kind')
         for name, value in (('strength', strength), ('margin', margin)):
             if isinstance(value, bool) or not value >= 0: raise ValueError(f"{name} must be at least 0, but got {value!r}.")
@@ -107,8 +109,8 @@ class LogitPenalty(LossOfLosses):
 
     def forward(self,
         pred:Tensor, # Logits, (N, K, *) with the classes at the axis of the loss
-        target:Tensor, # A target of the loss
-        **kwargs # For the loss
+        target:Target, # A target of the loss
+        **kwargs:Inputs # For the loss
     )->Tensor: # Loss: 0-d, or as that of the loss for reduction 'none'
         "The loss and its penalty"
         loss,leaf,z = self.loss(pred, target, **kwargs),self.leaves()[0],in_single_precision(pred)
@@ -140,7 +142,7 @@ class LogitPenalty(LossOfLosses):
         penalty = self.strength*penalty
         return penalty if known is None else penalty*known
 
-    def parts(self): return [self.loss]
+    def parts(self)->list[SmoothingLoss]: return [self.loss]
 
     def __repr__(self):
         margin = f', margin={self.margin!r}' if self.kind == 'margin' and self.margin != 10. else ''
@@ -166,10 +168,12 @@ def has_dist(
 # %% ../../nbs/34_losses.combined.ipynb #8c4544ee
 class CombinedLoss(LossOfLosses):
     "A weighted sum of losses that take the same predictions and targets"
+    losses:Any # `SmoothingLoss`es
+
     def __init__(self,
         *losses:SmoothingLoss, # Losses of this module
-        weights=None, # One factor per loss, at least 0. None: 1 each
-    ):
+        weights:Sequence[float]|None=None, # One factor per loss, at least 0. None: 1 each
+    )->None:
         super().__init__()
         if not losses: raise ValueError("CombinedLoss needs at least one loss, such as CombinedLoss(LabelSmoothingDice(), LabelSmoothingCrossEntropy(axis=1)).")
         for loss in losses:
@@ -178,18 +182,18 @@ class CombinedLoss(LossOfLosses):
 
     def forward(self,
         pred:Tensor, # Logits
-        target:Tensor, # A target that every part takes
-        **kwargs # For the parts that ask for it
+        target:Target, # A target that every part takes
+        **kwargs:Inputs # For the parts that ask for it
     )->Tensor: # The sum, 0-d; one loss per example (N,) for reduction 'none'
         "The weighted sum. For reduction 'none' each part is averaged over what it has per example"
-        res = 0.
+        res:Any = 0.
         for w, loss in zip(self.weights, self.losses):
             value = loss(pred, target, **(kwargs if has_dist(loss) else {}))
             if loss.reduction == 'none' and value.ndim > 1: value = value.flatten(1).mean(1)
             res = res + w*value
         return res
 
-    def parts(self): return list(self.losses)
+    def parts(self)->list[SmoothingLoss]: return list(self.losses)
 
     def __repr__(self):
         weights = '' if set(self.weights) == {1.} else f', weights={self.weights}'
@@ -198,10 +202,13 @@ class CombinedLoss(LossOfLosses):
 # %% ../../nbs/34_losses.combined.ipynb #9d18b886
 class MultiTargetLoss(nn.Module):
     "A weighted sum of losses, one for each head of the model and its target"
+    if TYPE_CHECKING: # what calling a module gives
+        def __call__(self, preds:Sequence[Tensor], *targets:Target, inputs:Inputs=None)->Tensor: ...
+
     def __init__(self,
-        *losses, # A loss per head: of this package, fastai or torch
-        weights=None, # One factor per loss, at least 0. None: 1 each
-    ):
+        *losses:Callable, # A loss per head: of this package, fastai or torch
+        weights:Sequence[float]|None=None, # One factor per loss, at least 0. None: 1 each
+    )->None:
         super().__init__()
         if not losses: raise ValueError("MultiTargetLoss needs a loss for each head, such as MultiTargetLoss(CrossEntropyLossFlat(), MSELossFlat()).")
         for loss in losses:
@@ -212,15 +219,15 @@ class MultiTargetLoss(nn.Module):
         self.inner = nn.ModuleList(m for m in inner if isinstance(m, nn.Module)) # so that device, parameters and modes reach them
 
     def forward(self,
-        preds, # Predictions, a sequence with one tensor per head
-        *targets, # The target of each head
-        inputs=None, # What the model was called with, for distributions that ask for it
+        preds:Sequence[Tensor], # Predictions, a sequence with one tensor per head
+        *targets:Target, # The target of each head
+        inputs:Inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # The sum, 0-d; one loss per example (N,) for reduction 'none'
         "The weighted sum. Another number of predictions or targets than of losses: ValueError"
         if isinstance(preds, Tensor) or not len(preds) == len(targets) == len(self.losses):
             got = f"one tensor {tuple(preds.shape)}" if isinstance(preds, Tensor) else f"{len(preds)} predictions"
             raise ValueError(f"There are {len(self.losses)} losses, but got {got} and {len(targets)} targets.")
-        res = 0.
+        res:Any = 0.
         for w, loss, pred, target in zip(self.weights, self.losses, preds, targets):
             value = loss(pred, target, **({'inputs': inputs} if has_dist(loss) else {}))
             if value.ndim: value = value.reshape(len(pred), -1).mean(1)
@@ -230,17 +237,17 @@ class MultiTargetLoss(nn.Module):
     @property
     def reduction(self)->str: return next((loss.reduction for loss in self.losses if hasattr(loss, 'reduction')), 'mean')
     @reduction.setter
-    def reduction(self, value): set_reductions(self, self.losses, value)
+    def reduction(self, value:str)->None: set_reductions(self, self.losses, value)
 
     def activation(self,
-        preds # Predictions, one tensor per head
-    )->tuple: # What each loss makes of its own
+        preds:Sequence[Tensor] # Predictions, one tensor per head
+    )->tuple[Tensor,...]: # What each loss makes of its own
         "The activation of each head"
         return tuple(getattr(loss, 'activation', lambda x: x)(pred) for loss, pred in zip(self.losses, preds))
 
     def decodes(self,
-        preds # Predictions or what `activation` gave, one tensor per head
-    )->tuple: # What each loss makes of its own
+        preds:Sequence[Tensor] # Predictions or what `activation` gave, one tensor per head
+    )->tuple[Tensor,...]: # What each loss makes of its own
         "The decoding of each head"
         return tuple(getattr(loss, 'decodes', lambda x: x)(pred) for loss, pred in zip(self.losses, preds))
 
@@ -252,11 +259,14 @@ class MultiTargetLoss(nn.Module):
 class EachClass(nn.Module):
     "A loss of class indices as a loss of dense targets: the sum of its values for each class, weighted by the target"
     y_int = True # fastai's mixers blend the losses of index targets
+    if TYPE_CHECKING: # what calling a module gives
+        def __call__(self, pred:Tensor, target:Target)->Tensor: ...
+
     def __init__(self,
-        loss, # A loss of index targets with a settable `reduction`, linear in the target
+        loss:Callable, # A loss of index targets with a settable `reduction`, linear in the target
         axis:int=1, # Class dimension of predictions and dense targets
         ignore_index:int|None=None, # Index that has no mass. None: that of the loss, or -100
-    ):
+    )->None:
         super().__init__()
         if not callable(loss): raise TypeError(f"EachClass takes a loss, but got {loss!r}.")
         if not hasattr(loss, 'reduction'):
@@ -266,7 +276,7 @@ class EachClass(nn.Module):
 
     def forward(self,
         pred:Tensor, # Predictions, (N, K, *) with the classes at `axis`
-        target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
+        target:Target, # Index (N, *), dense (N, K, *) or mixed target
     )->Tensor: # Loss
         "The loss itself for indices, otherwise the weighted sum over the classes"
         if not is_mixed(target) and not target.is_floating_point(): return self.loss(pred, target)
@@ -275,7 +285,9 @@ class EachClass(nn.Module):
         pred = without_ignored(pred, q, axis, None)
         weight = loss_settings(self.loss).weight # the values of the loss contain it, the mean has to divide by it
         weight = weight.to(q) if isinstance(weight, Tensor) and weight.shape == q.shape[axis:axis+1] else q.new_ones(q.shape[axis])
-        old,value,known = self.loss.reduction,0.,0.
+        old = self.loss.reduction
+        value:Any = 0.
+        known:Any = 0.
         try:
             self.loss.reduction = 'none'
             for k in range(q.shape[axis]):
@@ -293,7 +305,7 @@ class EachClass(nn.Module):
     @property
     def reduction(self)->str: return self.loss.reduction
     @reduction.setter
-    def reduction(self, value): self.loss.reduction = value
+    def reduction(self, value:str)->None: self.loss.reduction = value
     def activation(self,
         pred:Tensor # Predictions
     )->Tensor: # What the loss makes of them

@@ -9,12 +9,12 @@ __all__ = ['LabelSmoothingFocal', 'LabelSmoothingDice']
 
 # %% ../../nbs/32_losses.overlap.ipynb #b1c4498b
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import all_possible, check_several_classes, dice_loss, focal_loss, in_single_precision, surely, without_ignored
 from .softmax import LabelSmoothingCrossEntropy, SoftmaxLoss
-from ..distributions import check_distribution
-from ..targets import check_axis, dense_target, spread
+from ..distributions import Distribution, check_distribution
+from ..targets import Eps, Inputs, Numbers, Target, check_axis, dense_target, spread
 
 # %% ../../nbs/32_losses.overlap.ipynb #769fcef1
 class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
@@ -23,22 +23,22 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
     def fast(self)->bool: return self.gamma == 0 # then it is cross entropy
 
     def __init__(self,
-        eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
+        eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
         gamma:float=2.0, # Focusing, at least 0: the larger, the less easy examples count. 0 is cross entropy
-        weight:Tensor|None=None, # Class weights (K,)
+        weight:Numbers|None=None, # Class weights (K,)
         reduction:str='mean', # 'mean' over the weighted mass of the unsmoothed target, 'sum' or 'none' (one loss per position)
         *,
         axis:int=-1, # Class dimension of predictions and dense targets
         ignore_index:int|None=-100, # Index label that is left out
-        dist:nn.Module|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+        dist:Distribution|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
         convention:str='uniform', # What eps means: 'uniform', 'others' or 'classy', see `smooth_labels`
         weight_by:str='class', # 'class': a weight is a factor of the class's term. 'example': of the example's whole loss
-    ):
+    )->None:
         super().__init__(eps, weight, reduction, axis=axis, ignore_index=ignore_index, dist=dist, convention=convention, weight_by=weight_by)
         if isinstance(gamma, bool) or not gamma >= 0: raise ValueError(f"gamma must be at least 0, but got {gamma!r}.")
         self.gamma = gamma
 
-    def log_probs(self, pred, axis):
+    def log_probs(self, pred:Tensor, axis:int)->Tensor:
         log_p = pred.log_softmax(axis)
         if all_possible(log_p): return log_p*self.focus(log_p)
         ruled_out = log_p == -torch.inf # 0 instead, where the focal factor has a gradient
@@ -61,15 +61,15 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
 class LabelSmoothingDice(SoftmaxLoss):
     "Dice loss with label smoothing for index masks and soft targets: 1 - (2 intersection + smooth) / (union + smooth) per example and class"
     def __init__(self,
-        eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
+        eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
         axis:int=1, # Class dimension
         smooth:float=1e-6, # Added to both parts of the fraction, above 0
         reduction:str='sum', # 'sum' (as fastai's), 'mean' or 'none', over examples and classes (N, K)
         *,
         square_in_union:bool=False, # Squares in the union: steeper gradients
-        dist:nn.Module|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+        dist:Distribution|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
         ignore_index:int|None=-100, # Index label whose pixels are left out
-    ):
+    )->None:
         super().__init__(eps, reduction)
         check_distribution(dist, 'uniform')
         if not smooth > 0: raise ValueError(f"smooth must be above 0, but got {smooth!r}.")
@@ -77,9 +77,9 @@ class LabelSmoothingDice(SoftmaxLoss):
 
     def forward(self,
         pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
-        target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
+        target:Target, # Index (N, *), dense (N, K, *) or mixed target
         *,
-        inputs=None, # What the model was called with, for distributions that ask for it
+        inputs:Inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, K) for reduction 'none'
         "Dice of the smoothed target. Shapes or labels that do not fit: ValueError"
         axis,logits,eps = check_axis(pred, self.axis),in_single_precision(pred),self.eps
@@ -89,7 +89,8 @@ class LabelSmoothingDice(SoftmaxLoss):
             q = dense_target(target, logits, axis, self.ignore_index)
             p, mass = without_ignored(logits, q, axis, None).softmax(axis), q.sum(axis, keepdim=True)
             if q.requires_grad or not surely(mass == 1): p = p*mass # a pixel without mass counts for nothing
-            q = spread(q, eps, axis, self.dist, **(dict(logits=pred, inputs=inputs) if self.dist is not None else {}))
+            context:dict = dict(logits=pred, inputs=inputs) if self.dist is not None else {}
+            q = spread(q, eps, axis, self.dist, **context)
             area = [d for d in range(1, pred.ndim) if d != axis]
             total = lambda x: x.sum(area) if area else x
             if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())

@@ -45,7 +45,7 @@ def settings_of(
     return [value for part in wrapped_losses(loss) for value in settings_of(part, name)]
 
 def loss_settings(
-    loss, # A loss of this package, fastai, torch or yours, wrapped or not
+    loss:object, # A loss of this package, fastai, torch or yours, wrapped or not
     head:int=0, # Which head of a loss with a target for each, see `MultiTargetLoss`
 )->LossSettings: # Its settings
     "Ask a loss for its settings. Parts that ignore different labels: ValueError"

@@ -10,42 +10,47 @@ __all__ = ['LabelSmoothingCrossEntropyFlat', 'SmoothingLoss', 'SoftmaxLoss', 'La
 
 # %% ../../nbs/30_losses.softmax.ipynb #6696734f
 import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import (REDUCTIONS, LazyLogits, check_class_weight, cross_entropy, cross_entropy_of_log_probs, cross_entropy_with, in_single_precision,
                                    log_softmax, single_like, without_ignored)
-from ..distributions import check_distribution
-from ..targets import (SOFTMAX_CONVENTIONS, base_tensor, check_axis, check_choice, check_eps, check_probabilities, dense_target, is_readable,
-                                   per_class, read_eps, to_dense, uniform_eps)
+from ..distributions import Distribution, check_distribution
+from ..targets import (SOFTMAX_CONVENTIONS, Eps, Inputs, Numbers, Target, base_tensor, check_axis, check_choice, check_eps, check_probabilities, dense_target,
+                                   is_readable, per_class, read_eps, to_dense, uniform_eps)
 
 # %% ../../nbs/30_losses.softmax.ipynb #6cbe5021
 class SmoothingLoss(nn.Module):
     "Base of the losses: a checked `eps` and `reduction`, and a `repr` that builds the loss again"
-    takes_multi_hot = False # Whether an integer target of the shape of the predictions is multi-hot
+    takes_multi_hot:bool = False # Whether an integer target of the shape of the predictions is multi-hot
+
+    if TYPE_CHECKING: # what a call gives, and what torch keeps in tables of its own
+        def __call__(self, pred:Tensor, target:Target, *, inputs:Inputs=None)->Tensor: ...
+        def __getattr__(self, name:str)->Any: ...
 
     def __init__(self,
-        eps:float, # Smoothing strength in [0, 1]: a number or one per class
+        eps:Eps, # Smoothing strength in [0, 1]: a number or one per class
         reduction:str, # 'mean', 'sum' or 'none'
         negative:bool=False, # Allow eps below 0
-    ):
+    )->None:
         super().__init__()
         self.negative = negative
         self.eps,self.reduction = read_eps(eps, negative),reduction
 
-    def parts(self)->list: # Losses; empty for a loss of its own
+    def parts(self)->'list[SmoothingLoss]': # Losses; empty for a loss of its own
         "The losses that this one is made of"
         return []
 
-    def leaves(self)->list: # Losses without parts
+    def leaves(self)->'list[SmoothingLoss]': # Losses without parts
         "This loss, or the losses that it is made of in the end"
         return [leaf for loss in self.parts() for leaf in loss.leaves()] or [self]
 
     @property
     def eps(self)->float|Tensor: return self._eps
     @eps.setter
-    def eps(self, value):
+    def eps(self, value:Eps)->None:
         self._strength('_eps', check_eps(value, self.negative))
 
     def _strength(self, name, value):
@@ -57,7 +62,7 @@ class SmoothingLoss(nn.Module):
     @property
     def reduction(self)->str: return self._reduction
     @reduction.setter
-    def reduction(self, value):
+    def reduction(self, value:str)->None:
         check_choice(value, REDUCTIONS, 'reduction')
         self._reduction = value
 
@@ -76,6 +81,7 @@ class SmoothingLoss(nn.Module):
 
 class SoftmaxLoss(SmoothingLoss):
     "Base of the losses over exclusive classes, which lie along `axis`"
+    axis:int
     def activation(self,
         pred:Tensor # Logits
     )->Tensor: # Probabilities of the same shape
@@ -95,17 +101,17 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
     fast = True # Whether `log_probs` is the log-softmax, for which there are fast paths
 
     def __init__(self,
-        eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
-        weight:Tensor|None=None, # Class weights (K,)
+        eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
+        weight:Numbers|None=None, # Class weights (K,)
         reduction:str='mean', # 'mean' over the weighted mass of the unsmoothed target, 'sum' or 'none' (one loss per position)
         *,
         axis:int=-1, # Class dimension of predictions and dense targets
         ignore_index:int|None=-100, # Index label that is left out
-        dist:nn.Module|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
+        dist:Distribution|None=None, # Where the mass goes, see `fastai_smooth.distributions`. None: to all classes alike
         convention:str='uniform', # What eps means: 'uniform', 'others' or 'classy', see `smooth_labels`
         weight_by:str='class', # 'class': a weight is a factor of the class's term, as in torch. 'example': of the example's whole loss
         negative:bool=False, # Allow eps below 0. Wei et al. 2022, https://arxiv.org/abs/2106.04149
-    ):
+    )->None:
         super().__init__(eps, reduction, negative)
         check_choice(convention, SOFTMAX_CONVENTIONS, 'convention')
         check_choice(weight_by, ('class', 'example'), 'weight_by')
@@ -117,9 +123,9 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
 
     def forward(self,
         pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
-        target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
+        target:Target, # Index (N, *), dense (N, K, *) or mixed target
         *,
-        inputs=None, # What the model was called with, for distributions that ask for it
+        inputs:Inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy. Shapes or labels that do not fit: ValueError"
         axis = check_axis(pred, self.axis)
@@ -164,7 +170,7 @@ class LabelSmoothingNLL(LabelSmoothingCrossEntropy):
     "`LabelSmoothingCrossEntropy` of log-probabilities: what `nn.NLLLoss` is to `nn.CrossEntropyLoss`"
     fast = False
 
-    def log_probs(self, pred, axis): return pred
+    def log_probs(self, pred:Tensor, axis:int)->Tensor: return pred
 
     def activation(self,
         pred:Tensor # Log-probabilities
@@ -178,17 +184,17 @@ class MultiLabelSmoothingCrossEntropy(SoftmaxLoss):
     takes_multi_hot = True
 
     def __init__(self,
-        eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
+        eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
         reduction:str='mean', # 'mean' over the rows with positives, 'sum' or 'none' (one loss per row)
         *,
         axis:int=-1, # Class dimension
-    ):
+    )->None:
         super().__init__(eps, reduction)
         self.axis = axis
 
     def forward(self,
         pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
-        target:Tensor, # Multi-hot or soft target of the same shape, or indices (N, *)
+        target:Target, # Multi-hot or soft target of the same shape, or indices (N, *)
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Smoothed cross entropy with the positives of a row sharing its mass. Shapes or labels that do not fit: ValueError"
         axis = check_axis(pred, self.axis)
@@ -212,20 +218,20 @@ class LabelRelaxation(SoftmaxLoss):
     y_int = True # fastai's mixers blend the losses of index targets
 
     def __init__(self,
-        eps:float=0.1, # The paper's alpha in [0, 1]: a number or one per class
-        weight:Tensor|None=None, # Class weights (K,)
+        eps:Eps=0.1, # The paper's alpha in [0, 1]: a number or one per class
+        weight:Numbers|None=None, # Class weights (K,)
         reduction:str='mean', # 'mean' over the weighted mass of the target, 'sum' or 'none' (one loss per position)
         *,
         axis:int=-1, # Class dimension of predictions and dense targets
         ignore_index:int|None=-100, # Index label that is left out
-    ):
+    )->None:
         super().__init__(eps, reduction)
         self._weight('weight', weight)
         self.axis,self.ignore_index = axis,ignore_index
 
     def forward(self,
         pred:Tensor, # Logits, (N, K, *) with the classes at `axis`
-        target:Tensor, # Index (N, *), dense (N, K, *) or mixed target
+        target:Target, # Index (N, *), dense (N, K, *) or mixed target
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, *) for reduction 'none'
         "Relaxed loss. Shapes or labels that do not fit: ValueError"
         axis,logits = check_axis(pred, self.axis),in_single_precision(pred)

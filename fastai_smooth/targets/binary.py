@@ -11,7 +11,8 @@ __all__ = ['binary_levels', 'smooth_binary']
 import torch
 from torch import Tensor
 
-from .dense import base_tensor, check_choice, check_eps, is_mixed, is_readable, per_class, to_dense
+from .dense import Eps, base_tensor, check_choice, check_eps, is_mixed, is_readable, per_class, to_dense
+from .mixed import Target
 
 # %% ../../nbs/02_targets.binary.ipynb #a6f00105
 BINARY_CONVENTIONS = 'half', 'uniform', 'complement'
@@ -30,13 +31,13 @@ def check_probabilities(
 
 # %% ../../nbs/02_targets.binary.ipynb #6feda964
 def binary_levels(
-    eps, # Smoothing strength in [0, 1]: a number or one per class
+    eps:Eps, # Smoothing strength in [0, 1]: a number or one per class
     convention:str, # 'half', 'uniform' or 'complement'
-    eps_pos, # Strength for the positive side, `eps` if None
-    eps_neg, # Strength for the negative side, `eps` if None
+    eps_pos:Eps|None, # Strength for the positive side, `eps` if None
+    eps_neg:Eps|None, # Strength for the negative side, `eps` if None
     y:Tensor, # Target
     axis:int=-1, # Class dimension
-)->tuple: # Two numbers, or tensors that broadcast against `y`
+)->tuple[float|Tensor,float|Tensor]: # Two numbers, or tensors that broadcast against `y`
     "What smoothing makes of the labels 0 and 1"
     eps_pos = check_eps(eps if eps_pos is None else eps_pos, name='eps' if eps_pos is None else 'eps_pos')
     eps_neg = check_eps(eps if eps_neg is None else eps_neg, name='eps' if eps_neg is None else 'eps_neg')
@@ -47,10 +48,10 @@ def binary_levels(
 
 def smooth_binary(
     target:Tensor, # Multi-hot labels or per-class probabilities in [0, 1]; nan means unknown
-    eps:float=0.1, # Smoothing strength in [0, 1]: a number or one per class
+    eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
     convention:str='half', # 'half', 'uniform' or 'complement'
-    eps_pos:float|None=None, # Strength for the positive side, `eps` if None
-    eps_neg:float|None=None, # Strength for the negative side, `eps` if None
+    eps_pos:Eps|None=None, # Strength for the positive side, `eps` if None
+    eps_neg:Eps|None=None, # Strength for the negative side, `eps` if None
     axis:int=-1, # Class dimension: 'uniform' counts the classes there, and one `eps` per class lies along it
 )->Tensor: # Smoothed targets of the same shape, nan where unknown
     "Smooth binary targets. A target outside [0, 1] or an unknown convention: ValueError"
@@ -63,9 +64,9 @@ def smooth_binary(
 # %% ../../nbs/02_targets.binary.ipynb #a6f00107
 def binary_target(
     logits:Tensor, # Logits, (N, K) or any shape
-    target, # Multi-hot or dense target of the same shape, index target without the class dimension, or mixed target
+    target:Target, # Multi-hot or dense target of the same shape, index target without the class dimension, or mixed target
     axis:int=-1, # Class dimension
-)->tuple: # Floating target of the shape and dtype of the logits, and whether it was given as indices
+)->tuple[Tensor,bool]: # Floating target of the shape and dtype of the logits, and whether it was given as indices
     "A binary target as a floating tensor, nan where unknown. A shape that does not fit: ValueError"
     shape = tuple(logits.shape)
     if is_mixed(target):

@@ -13,6 +13,7 @@ import io
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,16 +29,16 @@ from ..run_folder import atomic
 
 # %% ../../nbs/83_train.checkpoints.ipynb #48b5a989
 def write_checkpoint(
-    path, # File
+    path:str|Path, # File
     state:dict, # Of tensors, numbers, texts, lists and dicts
-):
+)->None:
     "Write a state with its digest in front, whole or not at all"
     data = io.BytesIO()
     torch.save(state, data)
     with atomic(path) as part: part.write_bytes(hashlib.sha256(data.getbuffer()).digest() + data.getbuffer())
 
 def read_checkpoint(
-    path # File
+    path:str|Path # File
 )->dict|None: # The state, None if there is none
     "Read a state. One that is damaged counts as none, with a warning"
     try: data = Path(path).read_bytes()
@@ -45,6 +46,7 @@ def read_checkpoint(
     whole = len(data) > 32 and hashlib.sha256(memoryview(data)[32:]).digest() == data[:32]
     if whole: return torch.load(io.BytesIO(data[32:]), map_location='cpu', weights_only=True)
     warnings.warn(f"{Path(path).name} is damaged and left aside: the training starts from the beginning.")
+    return None
 
 # %% ../../nbs/83_train.checkpoints.ipynb #4577f9da
 def plain_values(value):
@@ -68,10 +70,10 @@ class _State(Callback):
         return plain_values(dict(fit=self.fits, epoch=self.epoch, model=weights, metadata=weights._metadata, opt=self.opt.state_dict(), record=record,
                                  rows=self.rows, names=self.names, random=random_state(self.dls.loaders)))
 
-    def put_back(self, state):
+    def put_back(self, state:dict)->None:
         "Make everything as it was when the checkpoint was written"
         r,record = self.recorder,state['record']
-        weights = OrderedDict(state['model'])
+        weights:Any = OrderedDict(state['model'])
         weights._metadata = OrderedDict(state['metadata'])
         get_model(self.model).load_state_dict(weights)
         self.opt.load_state_dict(to_device(state['opt'], next(self.model.parameters()).device))
@@ -84,9 +86,10 @@ class _State(Callback):
 class Checkpoints(_State):
     "Writes a checkpoint after each epoch of all fits in turn, and goes on from one that is there"
     def __init__(self,
-        file # Of the checkpoint
-    ):
-        self.file,self.fits,self.rows,self.names,self.found,self.waiting = Path(file),-1,[],[],None,False
+        file:str|Path # Of the checkpoint
+    )->None:
+        self.file,self.fits,self.rows,self.names,self.waiting = Path(file),-1,[],[],False
+        self.found:Any = None
 
     def read(self)->dict|None:
         "The state in the file, if there is one"
@@ -94,11 +97,11 @@ class Checkpoints(_State):
 
     def write(self,
         state:dict # Of tensors, numbers, texts, lists and dicts
-    ):
+    )->None:
         "Write a state to the file"
         write_checkpoint(self.file, state)
 
-    def before_fit(self):
+    def before_fit(self)->None:
         "Look for a checkpoint in the first fit; is this fit, or a part of it, already done?"
         # fastai's validate goes by here, too; only there nobody makes bars
         self.run = getattr(self.learn, 'create_mbar', True) and not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
@@ -111,18 +114,18 @@ class Checkpoints(_State):
             raise ValueError(f"A training with {stateful.name} cannot be resumed, because checkpoints do not hold its state: start it again in another folder.")
         if self.waiting: self.shown,self.learn.logger = self.learn.logger,noop # nothing to say of epochs that are skipped
 
-    def before_epoch(self):
+    def before_epoch(self)->None:
         "Skip what is done"
         if self.waiting: raise CancelEpochException
 
-    def after_epoch(self):
+    def after_epoch(self)->None:
         "Keep this epoch, or put back what the last one left"
         if not self.waiting: return self.write(self.state())
         if (self.fits, self.epoch) == (self.found['fit'], self.found['epoch']): self.put_back(self.found)
         elif self.epoch+1 < self.n_epoch: return
         self.waiting,self.learn.logger = False,self.shown
 
-    def after_fit(self):
+    def after_fit(self)->None:
         "A fit without epochs has nothing to skip; one that is shorter than what was found is another one"
         if not self.waiting: return
         self.waiting,self.learn.logger = False,self.shown

@@ -11,6 +11,7 @@ __all__ = ['IGNORED', 'read_learner', 'write_learner', 'Ignored', 'held_out_dl',
 # %% ../../nbs/87_train.exported.ipynb #bb3de891
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -169,9 +170,9 @@ def figures_of(
     return dict(as_trained=predictions.figures(), after_temperature=after.figures(), notes=notes)
 
 def calibrate(
-    learner, # File of an exported learner. It is a pickle, which runs code: only files that you trust
-    data, # Held out: a folder of images in classes, or of images and masks; a CSV of files, texts or rows with labels; or a DataFrame as in training
-    out, # File for the calibrated learner
+    learner:str|Path, # File of an exported learner. It is a pickle, which runs code: only files that you trust
+    data:Any, # Held out: a folder of images in classes, or of images and masks; a CSV of files, texts or rows with labels; or a DataFrame as in training
+    out:str|Path, # File for the calibrated learner
     delimiter:str|None=None, # Between several labels in a CSV
     ignore:int|None=None, # Number in the masks of pixels to be ignored
 )->dict: # temperature, and figures before and after

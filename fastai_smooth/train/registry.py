@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 # %% ../../nbs/80_train.registry.ipynb #06592654
 POSITIVE = 'epochs bs size presize test_size lr length'.split()
@@ -73,9 +74,9 @@ class Recipe:
         return checked(self.settings, changes, self.name)
 
     def dls(self,
-        path=None, # Folder or file of the data. None: the recipe's own
-        **changes # Of the settings
-    ): # fastai DataLoaders
+        path:str|Path|None=None, # Folder or file of the data. None: the recipe's own
+        **changes:Any # Of the settings
+    )->Any: # fastai DataLoaders
         "The data of the recipe. Data that are missing, that cannot be downloaded, or that are less than the `bs` that was asked for: ValueError"
         unused = next((k for k in changes if k in YOURS and path is None), None)
         if unused is not None: raise ValueError(f"{unused} is for data of your own: name them, or leave it out.")
@@ -85,9 +86,9 @@ class Recipe:
         return with_batches(lambda s: self.make_dls(path, s), self.changed(changes), path is not None and 'bs' not in changes)
 
     def learner(self,
-        dls=None, # fastai DataLoaders. None: the recipe's own
-        **changes # Of the settings
-    ): # fastai `Learner` with the settings as `.recipe_settings`
+        dls:Any=None, # fastai DataLoaders. None: the recipe's own
+        **changes:Any # Of the settings
+    )->Any: # fastai `Learner` with the settings as `.recipe_settings`
         "A learner that is ready to be fitted"
         settings = self.changed(changes)
         learn = self.make_learner(self.dls(**changes) if dls is None else dls, settings)
@@ -95,15 +96,15 @@ class Recipe:
         return learn
 
     def fit(self,
-        learn # From `learner`
-    ): # The calibrated `Learner` if the settings say `calibrate`, else the same one
+        learn:Any # From `learner`
+    )->Any: # The calibrated `Learner` if the settings say `calibrate`, else the same one
         "Train as the recipe says"
         self.train(learn, getattr(learn, 'recipe_settings', self.settings))
         return self.calibrated(learn)
 
     def calibrated(self,
-        learn # Trained
-    ): # The calibrated `Learner` if the settings say `calibrate`, else the same one
+        learn:Any # Trained
+    )->Any: # The calibrated `Learner` if the settings say `calibrate`, else the same one
         "The second half of `fit`"
         if not getattr(learn, 'recipe_settings', self.settings).get('calibrate'): return learn
         from fastai_smooth.calibration import TemperatureScaling # here, because it needs torch
@@ -116,7 +117,7 @@ class Recipe:
         return '\n'.join([f'Recipe {self.name}: {self.purpose}', *rows])
 
 # %% ../../nbs/80_train.registry.ipynb #3376aeed
-recipes = {} # names to recipes
+recipes:dict[str,Recipe] = {} # names to recipes
 
 @dataclass(frozen=True)
 class _Later:
@@ -131,7 +132,7 @@ def register(
     make_dls:Callable|str, # From (path or None, settings) to fastai DataLoaders; a text is `module:function`
     make_learner:Callable|str, # From (dls, settings) to a Learner
     train:Callable|str, # From (learner, settings) to nothing
-):
+)->None:
     "Make a recipe that `recipe` finds"
     functions = (_Later(f) if isinstance(f, str) else f for f in (make_dls, make_learner, train))
     recipes[name] = Recipe(name, purpose, {k: v for k, (v, _) in numbers.items()}, {k: s for k, (_, s) in numbers.items()}, *functions)

@@ -13,6 +13,7 @@ import shlex
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import joblib
 import pandas as pd
@@ -151,10 +152,10 @@ class _Training:
 # %% ../../nbs/88_train.training.ipynb #696d7e6e
 def train(
     name:str, # Of a recipe
-    data=None, # Folder or file of the data. None: the recipe's own
-    out='run', # Folder for the results; made if it is not there
+    data:str|Path|None=None, # Folder or file of the data. None: the recipe's own
+    out:str|Path='run', # Folder for the results; made if it is not there
     resume:bool=False, # Go on in a folder that holds the same run: what is finished is not done again
-    **changes # Of the recipe's settings
+    **changes:Any # Of the recipe's settings
 )->dict: # What `summary.json` holds
     """Train a recipe, calibrate, and export. Mistakes in the arguments: ValueError before anything is trained.
     Under `accelerate launch` or `torchrun` every process trains, with batches of its own, and rank 0 calibrates and writes"""

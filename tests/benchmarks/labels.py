@@ -1,8 +1,14 @@
-"""Wrong labels found and mended, and votes as labels: `python tests/benchmarks/labels.py` writes nbs/figures/labels.txt (about eight minutes of one core)
+"""Wrong labels found and mended, votes as labels, and what the search costs: `python tests/benchmarks/labels.py` writes nbs/figures/labels.txt (about ten
+minutes of one core); `python tests/benchmarks/labels.py wrong_labels`, `votes` or `cost` prints one part
 
 mnist5k: 20% of the 4,000 training labels are replaced by another class (symmetric). `Learner.find_label_issues` looks for them; then networks are
 trained on the labels as they are, smoothed, relabelled, and without the suspects, and scored on 1,000 right labels. Digits: three simulated
-annotators, 10, 30 and 50% wrong; networks are trained on the majority, on the votes and on the votes with some in advance, and scored by right labels."""
+annotators, 10, 30 and 50% wrong; networks are trained on the majority, on the votes and on the votes with some in advance, and scored by right labels.
+Cost: CPU seconds of the search beside those of its trainings in a bare loop, the two in turn; of a frozen timm body, too."""
+import copy
+import statistics
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -10,8 +16,10 @@ import fastai.callback.progress  # noqa: F401  (gives the Learner `no_bar`)
 import numpy as np
 import torch
 from fastai.callback.schedule import fit_one_cycle  # noqa: F401  (gives the Learner this method)
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from sklearn.model_selection import StratifiedKFold
 
 from fastai_smooth.calibration import cross_fit, gather
 from fastai_smooth.compare import mean_ci
@@ -89,12 +97,42 @@ def votes():
                             lambda way: learner(images, targets[way], labels, split, vocab), 12)
 
 
+def bare(learn, k, epochs):
+    "The trainings of a search, each on all parts but one"
+    labels = np.array([int(y) for _, y in learn.dls.train_ds])
+    for train, part in StratifiedKFold(k, shuffle=True, random_state=0).split(labels, labels):
+        new = Learner(learn.dls, copy.deepcopy(learn.model), loss_func=learn.loss_func, lr=learn.lr, splitter=learn.splitter, train_bn=False)
+        items = learn.dls.train_ds
+        new.dls = DataLoaders(*(learn.dls.train.new(dataset=type(items)(items[int(i)] for i in rows), shuffle=s) for rows, s in ((train, True), (part, False))))
+        new.freeze()
+        with new.no_bar(), new.no_logging(): new.fit_one_cycle(epochs)
+
+
+def cost(k=5, epochs=5, rounds=3):
+    import runpy
+    frozen = runpy.run_path(str(Path(__file__).with_name('eps_find.py')))['make'](256, 96, 32, False)
+    images, labels, vocab = digits_arrays()
+    x, y = torch.as_tensor(images[:800, None]/255., dtype=torch.float32), torch.as_tensor(labels[:800])
+    items = type(frozen.dls.train_ds)
+    whole = Learner(DataLoaders(*(TfmdDL(items(zip(x, y)), bs=64, shuffle=s, num_workers=0) for s in (True, False))), small_convnet(1, 10),
+                    loss_func=LabelSmoothingCrossEntropy(0.), lr=3e-3)
+    for name, learn in (('small convnet on 800 digits', whole), ('frozen tf_efficientnet_lite0 on 256 images of 96x96', frozen)):
+        times = {'search': [], 'bare': []}
+        for _ in range(rounds):
+            for way, run in dict(search=type(learn).find_label_issues, bare=bare).items():
+                start = time.process_time()
+                with learn.no_bar(), learn.no_logging(): run(learn, k, epochs)
+                times[way].append(time.process_time()-start)
+        took, trainings = (statistics.median(times[w]) for w in times)
+        yield f'{name}: find_label_issues takes {took:.1f} s, {took/trainings:.2f} of {k} trainings of {epochs} epochs'
+
+
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
-    lines = []
-    for part in (wrong_labels, votes):
-        for line in part():
+    parts, lines = sys.argv[1:] or ['wrong_labels', 'votes', 'cost'], []
+    for part in parts:
+        for line in dict(wrong_labels=wrong_labels, votes=votes, cost=cost)[part]():
             lines.append(line)
             print(line, flush=True)
-    FIGURES.write_text('\n'.join(lines)+'\n', encoding='utf-8')
+    if not sys.argv[1:]: FIGURES.write_text('\n'.join(lines)+'\n', encoding='utf-8')

@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from learners import Items
+from learners import SIDE, Items, K, make_learner
 from sklearn.metrics import log_loss
 from torch import nn
 
@@ -118,8 +118,8 @@ def test_gradient_side_callbacks_fork_and_say_so(cb, capsys):
 
 def test_the_pass_is_shared(monkeypatch):
     "One body for all strengths, as many batches as one training has"
-    calls, forward = [], finder._Heads.forward
-    monkeypatch.setattr(finder._Heads, 'forward', lambda self, *xb: calls.append(self.training) or forward(self, *xb))
+    calls, forward = [], finder.Heads.forward
+    monkeypatch.setattr(finder.Heads, 'forward', lambda self, *xb: calls.append(self.training) or forward(self, *xb))
     make().eps_find(EPS, n_epoch=2, show_plot=False)
     assert calls == ([True]*5 + [False]*3)*2
 
@@ -227,6 +227,35 @@ def test_false_recommendations_of_calibration_errors_are_rare():
         models = {e: Predictions.of(truth+.5*torch.randn(200, 4, generator=g), y, CrossEntropyLossFlat()) for e in (0., .1, .2, .3)}
         said.append(min(finder.beats_zero({e: finder.contributions(p, 'ece') for e, p in models.items()}, 199)[0].values()) <= .05)
     assert np.mean(said) < .09
+
+
+def test_a_frozen_body_may_give_several_tensors():
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(K*SIDE*SIDE, 4)
+
+        def forward(self, x): return x.flatten(1).clone(), torch.tanh(self.linear(x.flatten(1)))
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(K*SIDE*SIDE+4, K)
+
+        def forward(self, features):
+            features[0].mul_(2.) # in place: the next head must not see it
+            return self.linear(torch.cat(features, 1))
+
+    def learner():
+        learn = make_learner()
+        torch.manual_seed(0)
+        learn.model = nn.Sequential(Body(), Head())
+        for p in learn.model[0].parameters(): p.requires_grad_(False)
+        return learn
+    together = learner().eps_find((0, .2), n_epoch=6, show_plot=False).table
+    for i, e in enumerate((0, .2)):
+        apart = learner().eps_find((e,), n_epoch=6, show_plot=False).table
+        np.testing.assert_allclose(together.nll[i], apart.nll[0], rtol=1e-5)
 
 
 def test_an_untrained_network_is_warned_about():
