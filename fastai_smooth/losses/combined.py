@@ -117,7 +117,7 @@ class LogitPenalty(LossOfLosses):
         axis,reduction = check_axis(z, leaf.axis),leaf.reduction
         known = mass_of(target, z, axis, getattr(leaf, 'ignore_index', -100))
         if reduction != 'none':
-            def formula(z):
+            def formula(z:Tensor)->Tensor:
                 penalty = self.penalty(z, known, axis)
                 return reduce(penalty, torch.ones_like(penalty) if known is None else known, reduction)
             return loss + logit_penalty(z, known, self.kind, self.margin, self.strength, axis, reduction == 'mean', formula)

@@ -8,6 +8,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/losses.overlap.html.md"""
 __all__ = ['LabelSmoothingFocal', 'LabelSmoothingDice']
 
 # %% ../../nbs/32_losses.overlap.ipynb #b1c4498b
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
         log_p = log_p.masked_fill(ruled_out, 0.)
         return (log_p*self.focus(log_p)).masked_fill(ruled_out, -torch.inf)
 
-    def of_log_probs(self, pred, target, eps, axis, formula):
+    def of_log_probs(self, pred:Tensor, target:Target, eps:float|Tensor, axis:int, formula:Callable)->Tensor:
         if self.weight is not None or isinstance(eps, Tensor) or self.reduction == 'none': return formula(pred)
         return focal_loss(pred, target, eps, self.gamma, axis, self.ignore_index, self.reduction == 'mean', formula)
 
@@ -85,7 +87,7 @@ class LabelSmoothingDice(SoftmaxLoss):
         axis,logits,eps = check_axis(pred, self.axis),in_single_precision(pred),self.eps
         if axis == 0: raise ValueError(f"axis=0 of predictions of shape {tuple(pred.shape)} counts examples: the classes need another one.")
         check_several_classes(pred.shape, axis)
-        def formula(logits):
+        def formula(logits:Tensor)->Tensor:
             q = dense_target(target, logits, axis, self.ignore_index)
             p, mass = without_ignored(logits, q, axis, None).softmax(axis), q.sum(axis, keepdim=True)
             if q.requires_grad or not surely(mass == 1): p = p*mass # a pixel without mass counts for nothing

@@ -10,6 +10,7 @@ __all__ = ['LabelSmoothingCrossEntropyFlat', 'SmoothingLoss', 'SoftmaxLoss', 'La
 
 # %% ../../nbs/30_losses.softmax.ipynb #6696734f
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +99,6 @@ class SoftmaxLoss(SmoothingLoss):
 class LabelSmoothingCrossEntropy(SoftmaxLoss):
     "Cross entropy with label smoothing, Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
     y_int = True # fastai's mixers blend the losses of index targets
-    fast = True # Whether `log_probs` is the log-softmax, for which there are fast paths
 
     def __init__(self,
         eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
@@ -146,6 +146,9 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         if self.fast: return cross_entropy_with(pred, q, self.eps, received, log_probs, axis, self.weight, self.weight_by, self.reduction)
         return cross_entropy_of_log_probs(log_probs(), q, self.eps, *args, received)
 
+    @property
+    def fast(self)->bool: return True # `log_probs` is the log-softmax, for which there are fast paths
+
     def log_probs(self,
         pred:Tensor, # Logits in at least single precision
         axis:int, # Class dimension
@@ -155,10 +158,10 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
 
     def of_log_probs(self,
         pred:Tensor, # Logits in at least single precision
-        target, # Index, dense or mixed target
-        eps, # Smoothing strength: a number or one per class
+        target:Target, # Index, dense or mixed target
+        eps:float|Tensor, # Smoothing strength: a number or one per class
         axis:int, # Class dimension, not negative
-        formula, # The loss as a function of the logits alone
+        formula:Callable, # The loss as a function of the logits alone
     )->Tensor: # Loss
         "The loss for `log_probs` that are no log-softmax"
         return formula(pred)
@@ -168,7 +171,8 @@ LabelSmoothingCrossEntropyFlat = LabelSmoothingCrossEntropy
 # %% ../../nbs/30_losses.softmax.ipynb #6b305446
 class LabelSmoothingNLL(LabelSmoothingCrossEntropy):
     "`LabelSmoothingCrossEntropy` of log-probabilities: what `nn.NLLLoss` is to `nn.CrossEntropyLoss`"
-    fast = False
+    @property
+    def fast(self)->bool: return False
 
     def log_probs(self, pred:Tensor, axis:int)->Tensor: return pred
 
