@@ -202,10 +202,8 @@ def untyped():
             if not cls.__module__.startswith('fastai_smooth'): continue
             for k, v in vars(cls).items():
                 f = v.fget if isinstance(v, property) else getattr(v, '__func__', v)
-                if (k[0] != '_' or k in ('__init__', '__call__')) and inspect.isfunction(f) and '__dataclass_fields__' not in dir(f):
-                    found.setdefault(f'{cls.__name__}.{k}', f)
+                if (k[0] != '_' or k in ('__init__', '__call__')) and inspect.isfunction(f): found[f'{cls.__name__}.{k}'] = f
         for where, f in found.items():
-            if inspect.getmodule(f) is None or f.__qualname__.startswith('__create_fn__'): continue  # what dataclasses write
             signature = inspect.signature(f)
             if signature.return_annotation is signature.empty: yield f'{m}: {where} has no type of its result'
             yield from (f'{m}: {where}({k}) has no type' for k, p in signature.parameters.items() if p.annotation is p.empty and k not in ('self', 'cls'))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributions import ClassPrior, Distribution, Mixture, Similarity, Taxonomy, Uniform
+from ..distributions import ClassPrior, Distribution, Mixture, Similarity, Taxonomy, Uniform, without_autocast
 from .formulas import REDUCTIONS, cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, times
 from ..targets import Eps, Target, base_tensor, check_choice, check_eps, dense_target, per_class, is_readable
 
@@ -331,7 +331,7 @@ def head_loss(features, weight, target, eps, bias, dist, class_weight, weight_by
     if dist is not None: list(parts_of(dist)) # refused at once
     x,weight,bias = base_tensor(features),base_tensor(weight),base_tensor(bias)
     if not torch.is_grad_enabled(): x,weight,bias = (t if t is None else t.detach() for t in (x, weight, bias)) # no gradient is made ahead
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         x,weight,bias = x.to(low),weight.to(low),bias if bias is None else bias.to(low)
     args = target,eps,dist,class_weight,weight_by,ignore_index,reduction
@@ -355,7 +355,7 @@ def head_loss(features, weight, target, eps, bias, dist, class_weight, weight_by
     def of_rows(x, weight, bias):
         q = coefficient if index is None else coefficient.new_zeros(len(index), k).scatter_add(1, index, coefficient)
         return head_formula(x, weight, bias, q, eps, dist, class_weight, weight_by, None, reduction)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         loss = _HeadLoss.apply(rows, weight, bias, head, reduction, rows_per_chunk(rows, weight) if chunk == 'auto' else chunk, of_rows)
     if reduction != 'none': return loss
     return (loss.new_zeros(alive.shape).masked_scatter(alive, loss) if dropped else loss).view(rest)

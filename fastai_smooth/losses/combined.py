@@ -81,7 +81,9 @@ def mass_of(
 )->Tensor|None: # 1 for a position that has a label, its mass for a soft target, 0 where ignored; at most 1. None: surely 1 everywhere
     "How much there is to learn at each position"
     if is_mixed(target): target = target.dense()
-    if target.is_floating_point(): return base_tensor(target).sum(axis).to(pred.dtype).clamp(max=1.)
+    if target.is_floating_point():
+        mass = base_tensor(target).sum(axis).to(pred.dtype)
+        return mass.masked_fill(mass > 1+1e-3, 1.) # a sum of 1, which rounding may exceed, has a gradient
     if target.ndim == pred.ndim and target.shape[axis] > 1: return (target.sum(axis) > 0).to(pred.dtype) # multi-hot
     if target.ndim == pred.ndim: target = target.squeeze(axis)
     target = base_tensor(target)
@@ -279,6 +281,7 @@ class EachClass(nn.Module):
         target:Target, # Index (N, *), dense (N, K, *) or mixed target
     )->Tensor: # Loss
         "The loss itself for indices, otherwise the weighted sum over the classes"
+        pred = in_single_precision(pred)
         if not is_mixed(target) and not target.is_floating_point(): return self.loss(pred, target)
         axis = check_axis(pred, self.axis)
         q = dense_target(target, pred, axis, self.ignore_index)
@@ -299,7 +302,7 @@ class EachClass(nn.Module):
                 value = value + share*each.view(share.shape).masked_fill(share == 0, 0.) # what is not asked for costs nothing, however impossible
                 known = known + share*weight[k]
         finally: self.loss.reduction = old
-        if not isinstance(value, Tensor): value = known = pred.sum(axis)*0. # no mass anywhere
+        if not isinstance(value, Tensor): value = known = pred.sum(axis)*0. + q.sum(axis)*0. # no mass anywhere
         return reduce(value, known, old)
 
     @property

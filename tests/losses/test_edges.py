@@ -205,33 +205,20 @@ class Model(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('strict', [False, True])
 @pytest.mark.parametrize('loss', [CE(.1, axis=1), CE(.1, [1., 2., 3., 4.], axis=1, dist=ClassPrior([1, 2, 3, 4])), LabelSmoothingBCE(.1),
                                   LabelSmoothingFocal(.1, axis=1), LabelSmoothingNLL(.1, axis=1), LabelRelaxation(.1, axis=1),
                                   MultiLabelSmoothingCrossEntropy(.1, axis=1), EachClass(nn.CrossEntropyLoss()),
                                   CombinedLoss(LabelSmoothingDice(), LogitPenalty(CE(axis=1), 'confidence'))], ids=ids)
-def test_exports(loss, strict):
+def test_exports(loss):
     x, y = torch.randn(2, K, 3, 3), torch.randint(0, K, (2, 3, 3))
     model = Model(copy.deepcopy(loss))
     for target in (y, torch.rand(2, K, 3, 3)):
-        program = torch.export.export(model, (x, target), strict=strict)
+        program = torch.export.export(model, (x, target), strict=False) # the other tracer is that of torch.compile: see `operations`
         close(program.module()(2*x, target), model(2*x, target))
 
 
-@pytest.mark.parametrize('loss', [CE(.1), LabelSmoothingBCE(.1), LabelSmoothingFocal(.1), LabelRelaxation(.1),
-                                  MultiLabelSmoothingCrossEntropy(.1), CE(.1, dist=Uniform())], ids=ids)
-def test_compiled_losses_say_that_a_label_is_wrong(loss):
-    "There it cannot be an error, and it must not be a number that looks good"
-    z, y = batch()
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend='eager')
-    close(compiled(z, y), loss(z, y))
-    assert not compiled(z, torch.tensor([0, 1, 2, 7, 0, 1])).isfinite() and not compiled(z, torch.tensor([0, 1, 2, -1, 0, 1])).isfinite()
-
-
 @pytest.mark.parametrize('loss', [CE(.1), LabelSmoothingBCE(.1), LabelSmoothingFocal(.1)], ids=ids)
-def test_vmap(loss):
+def test_vmap_over_logits_or_targets_alone(loss):
     z, y = batch()
-    close(torch.func.vmap(lambda z, y: loss(z[None], y[None]))(z, y).mean(), loss(z, y))
     close(torch.func.vmap(lambda y: loss(z, y))(torch.stack([y, y.flip(0)])), torch.stack([loss(z, y), loss(z, y.flip(0))]))
     close(torch.func.vmap(lambda z: loss(z, y))(torch.stack([z, 2*z])), torch.stack([loss(z, y), loss(2*z, y)]))

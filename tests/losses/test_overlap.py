@@ -45,8 +45,6 @@ def test_focal_gradient_where_it_is_sure():
     for gamma in (.5, 1., 2.):
         LabelSmoothingFocal(0., gamma)(z, torch.tensor([0])).backward()
         assert z.grad.isfinite().all()
-    x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: LabelSmoothingFocal(.1)(x, torch.tensor([0, 1, 2])), x)
 
 
 def dice_loop(z, q, eps, smooth, square):

@@ -1,8 +1,6 @@
 "Losses over exclusive classes: parity with torch, timm and fastai, the forms of a target, fastai's contract"
-import copy
 import itertools
 import math
-import pickle
 
 import fastai.losses as fl
 import numpy as np
@@ -269,12 +267,6 @@ def test_impossible_classes():
     assert F.cross_entropy(z, one_hot).isnan()
 
 
-def test_gradient_of_a_dense_target():
-    z, q = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
-    q.data[0, 1] = 0.
-    assert torch.autograd.gradcheck(lambda q: LabelSmoothingCrossEntropy(.1, reduction='sum')(z, q), q)
-
-
 def test_nan_logits_of_ignored_rows_do_not_matter():
     z, y, _ = batch(ignored=False)
     y[0] = -100
@@ -301,11 +293,11 @@ LOSSES = [LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropy(.2, W, 'sum',
 
 
 @pytest.mark.parametrize('loss', LOSSES, ids=repr)
-def test_repr_and_pickle_round_trip(loss):
+def test_repr_builds_the_loss_again(loss):
     z, y, _ = batch(ignored=False)
     again = eval(repr(loss))
     assert repr(again) == repr(loss) and ' at 0x' not in repr(loss)
-    for other in (again, pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)): close(other(z, y), loss(z, y))
+    close(again(z, y), loss(z, y))
 
 
 @pytest.mark.parametrize('loss', LOSSES, ids=repr)
@@ -467,4 +459,3 @@ def test_relaxation_gradient():
         x = torch.tensor([[200., 0., 0.], [-200., 0., 0.]], requires_grad=True)
         LabelRelaxation(alpha)(x, torch.tensor([0, 0])).backward()
         assert x.grad.isfinite().all()
-    assert torch.autograd.gradcheck(lambda x: LabelRelaxation(.1)(x, y), z)
