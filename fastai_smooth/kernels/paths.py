@@ -94,15 +94,15 @@ def cross_entropy(
     formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
     on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
-    few = simple and not on_gpu and are_few(logits, target, axis) and not in_transform(logits) and few_fit(target, logits.shape[1], ignore_index)
-    if few and path_of(logits, None, target, True) == 'cpu':
+    path = path_of(logits, None, target, True) if simple and not on_gpu and are_few(logits, target, axis) else ''
+    if path == 'cpu' and few_fit(target, logits.shape[1], ignore_index):
         return cpu_cross_entropy_of_few(logits, target, eps, reduction == 'mean', formula)
     if not on_gpu:
         logits = in_single_precision(logits)
         index, coefficient, ignored = entries(logits, target, axis, ignore_index)
         if (not simple or not logits.is_cpu) and index is not None and coefficient is None:
             native = torch_takes(logits, eps, axis, weight, weight_by, reduction)
-    path = path_of(logits, index, coefficient, simple, native, on_gpu)
+    if not path: path = path_of(logits, index, coefficient, simple, native, on_gpu)
     if path == 'formula': return formula(logits)
     if path == 'triton':
         if isinstance(target, Tensor) and target.is_floating_point(): check_several_classes(logits.shape, axis)
