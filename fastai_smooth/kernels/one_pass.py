@@ -16,10 +16,15 @@ from .formulas import entries, kept_entries
 from .paths import path_of
 
 # %% ../../nbs/23a_kernels.one_pass.ipynb #9054f2ae
+def takes_formula(logits, index, values):
+    "Whether the formula has to do: in a transform, without logits, for logits that are not there yet, for a target with a gradient"
+    own = type(logits).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own or logits.ndim < 2 or path_of(logits, index, values, True, True) == 'formula'
+
 def target_of(logits, target, axis, ignore_index):
-    "A target as `entries` that can be looked up. None where the formula has to do: in a transform, without logits, for a target with a gradient"
+    "A target as `entries` that can be looked up. None where the formula has to do"
     index, c, ignored = entries(logits, target, axis, ignore_index)
-    if logits.ndim < 2 or path_of(logits, index, c, True, True) == 'formula': return None
+    if takes_formula(logits, index, c): return None
     return (index, c) if index is None else kept_entries(index, c, logits.shape[axis], ignored, logits.dtype)
 
 def scaled(index, c, mean, axis=1):
@@ -132,7 +137,7 @@ def logit_penalty(
     formula, # The same penalty as a function of the logits alone
 )->Tensor: # Penalty, 0-d
     "A penalty of the logits with its gradient in one pass"
-    if logits.ndim < 2 or path_of(logits, None, known, True, True) == 'formula': return formula(logits)
+    if takes_formula(logits, None, known): return formula(logits)
     if kind == 'maxsup': margin = 0.
     def compute(logits, wanted):
         if known is None: factor, scale = None, strength*logits.shape[axis]/logits.numel() if mean else strength
