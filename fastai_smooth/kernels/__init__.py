@@ -1,6 +1,7 @@
 "The losses as functions: a formula and faster paths for each, and the choice between them"
 from .formulas import (
     REDUCTIONS,
+    all_classes,
     all_possible,
     check_class_weight,
     check_several_classes,
@@ -17,6 +18,7 @@ from .formulas import (
 from .gpu import check_reported_labels
 from .heads import smooth_linear_cross_entropy
 from .lazy_logits import LazyHead, LazyLogits
+from .one_pass import dice_loss, focal_loss, logit_penalty
 from .paths import (
     binary_cross_entropy,
     binary_entries,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formulas import all_classes
 from ..targets import transforms_active
 
 # %% ../../nbs/21_kernels.cpu.ipynb #b2d9a4e4
@@ -30,7 +31,7 @@ class LossWithGradient(torch.autograd.Function):
     def forward(ctx, logits, result):
         value, ctx.gradient, ctx.compute, tensors, ctx.formula = result
         ctx.save_for_backward(logits, *tensors) # an edit in place is noticed where they are needed again
-        return logits.new_full((), value)
+        return value if isinstance(value, Tensor) else logits.new_full((), value)
 
     @staticmethod
     def backward(ctx, grad):
@@ -40,48 +41,55 @@ class LossWithGradient(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None: gradient = ctx.compute(ctx.saved_tensors[0].detach(), True)[1] # given away: once more, bit for bit
         if several_at_once(grad): ctx.gradient, gradient = gradient, gradient*grad
+        elif not grad.is_cpu: gradient.mul_(grad) # reading the number would wait for the device
         elif (scale := grad.item()) != 1.: gradient.mul_(scale)
         return gradient, None
 
 def with_gradient(
     logits:Tensor, # Logits
-    compute, # Called with the logits and whether a gradient is wanted: the loss as a number, and the gradient or None
+    compute, # Called with the logits and whether a gradient is wanted: the loss, on a CPU as a number, and the gradient or None
     tensors:tuple, # The tensors of the target
     formula, # The same loss as a function of the logits alone
 )->Tensor: # Loss, 0-d
     "The loss of `compute`, and its gradient if one is wanted"
     wanted = logits.requires_grad and torch.is_grad_enabled()
     value, gradient = compute(logits.detach() if wanted else logits, wanted)
-    if not math.isfinite(value): return formula(logits)
-    if not wanted: return logits.new_full((), value)
+    if not isinstance(value, Tensor) and not math.isfinite(value): return formula(logits)
+    if not wanted: return value if isinstance(value, Tensor) else logits.new_full((), value)
     return LossWithGradient.apply(logits, (value, gradient, compute, tensors, formula))
 
 # %% ../../nbs/21_kernels.cpu.ipynb #e56f3752
 BLOCK = 2**18 # elements per block: a level-2 cache and its neighbourhood, and little memory beside the logits
+DEVICE_BLOCK = 2**24 # elsewhere: so many that starting the work costs nothing beside it
 SMALL = 2**13 # elements below which calls cost more than numbers
 
 def as_rows(
     logits:Tensor, # (N, K, *) with the classes at `axis`
     axis:int, # Class dimension, not negative
-)->tuple: # (A, K) or (A, K, B), a view if the memory allows; and two functions that lay a target likewise and shape a gradient back
+)->tuple: # A function that makes them (A, K) or (A, K, B), a view if the memory allows, and anything of their dimensions likewise; memory for a gradient
     "Logits as rows or pixels"
     shape = logits.shape
     after = math.prod(shape[axis+1:])
     if after == 1 or logits.is_contiguous():
-        lay = lambda t: t.reshape((-1, t.shape[axis]) if after == 1 else (-1, t.shape[axis], after))
-        return lay(logits), lay, lambda g: g.view(shape)
-    last = logits.movedim(axis, -1) # channels_last
-    return last.reshape(-1, shape[axis]), lambda t: t.movedim(axis, -1).reshape(-1, t.shape[axis]), lambda g: g.view(last.shape).movedim(-1, axis)
+        lay = lambda t: t if t is None else t.reshape((-1, t.shape[axis]) if after == 1 else (-1, t.shape[axis], after))
+        return lay, lambda: torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    last = logits.movedim(axis, -1).shape # channels_last
+    lay = lambda t: t if t is None else t.movedim(axis, -1).reshape(-1, t.shape[axis])
+    return lay, lambda: torch.empty(last, dtype=logits.dtype, device=logits.device).movedim(-1, axis)
 
-def blocks_of(z, g):
-    "Yields the slices of a block of about `BLOCK` elements, its logits, and where its softmax goes: a part of `g`, or scratch without one"
-    step = max(1, BLOCK//z.shape[1])
-    if z.ndim == 2:
-        scratch = torch.empty(min(step, len(z)), z.shape[1], dtype=z.dtype) if g is None else None
+def blocks_of(z, g, whole=False):
+    """Yields the slices of a block of about `BLOCK` elements, its logits, and where its softmax goes: a part of `g`, or scratch without one.
+
+    `whole`: no example is divided."""
+    size, each = BLOCK if z.is_cpu else DEVICE_BLOCK, math.prod(z.shape[1:])
+    if whole or z.ndim == 2 or each <= size:
+        step = max(1, size//each)
+        scratch = torch.empty(min(step, len(z)), *z.shape[1:], dtype=z.dtype, device=z.device) if g is None else None
         for i in range(0, len(z), step):
             s = slice(i, min(i+step, len(z)))
             yield s, z[s], scratch[:s.stop-i] if g is None else g[s]
     else: # the softmax of a block of pixels stays in the cache until it is a gradient
+        step = max(1, size//z.shape[1])
         for a in range(len(z)):
             for b in range(0, z.shape[2], step):
                 s = slice(a, a+1), slice(None), slice(b, b+step)
@@ -89,10 +97,32 @@ def blocks_of(z, g):
                 yield s, z[s], p
                 if g is not None: g[s] = p
 
-def inner(a, b): return torch.dot(a.reshape(-1), b.reshape(-1)).item()
+def in_blocks(z, tensors, wanted, of_block, g=None, whole=False):
+    """The sum of what `of_block` makes of each block of logits, and the gradient, in `g` if that is given, or None.
+
+    It is called with a block, the same part of `tensors`, where the gradient goes (None: anywhere), and whether that is wanted; it gives back both."""
+    if z.numel() <= SMALL: return of_block(z, *tensors, g, wanted)
+    if wanted and g is None: g = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    total = 0.
+    for s, block, out in blocks_of(z, g, whole):
+        total = total + of_block(block, *(t if t is None else t[s] for t in tensors), out, wanted)[0]
+    return total, g
+
+def over_rows(logits, axis, tensors, wanted, of_block):
+    "`in_blocks` of logits (N, K, *) with the classes at `axis`, and of `tensors` laid out like them, as rows or pixels"
+    if axis == 1 and logits.ndim == 2: return in_blocks(logits, tensors, wanted, of_block)
+    lay, empty = as_rows(logits, axis)
+    g = empty() if wanted else None # no view, so that autograd can add another gradient to it in place
+    return in_blocks(lay(logits), [lay(t) for t in tensors], wanted, of_block, lay(g))[0], g
+
+def has_values(x): return x.is_cpu # elsewhere reading them would wait for the device
+
+def number(x): return x.item() if has_values(x) else x
+
+def inner(a, b): return number(torch.dot(a.reshape(-1), b.reshape(-1)))
 
 # %% ../../nbs/21_kernels.cpu.ipynb #ba004d8e
-def loss_of_block(z, index, c, mass, eps, scale, out, wanted):
+def loss_of_block(z, index, c, mass, out, wanted, eps, scale):
     """Sum of the losses of logits (A, K, *), and the softmax made `scale` times its gradient if that is `wanted`.
 
     log p is kept as `t` + `shift`, with t the logits relative to one of their row: then nothing large is subtracted from something large."""
@@ -130,32 +160,29 @@ def loss_of_block(z, index, c, mass, eps, scale, out, wanted):
     return total, p
 
 def loss_of_few(z, y, eps, mean, wanted):
-    "`loss_of_rows` of few logits (A, K) and a class for each row, in as few calls as there can be"
-    p, k, scale = torch.log_softmax(z, 1), z.shape[1], 1/len(z) if mean else 1.
+    "The loss of few logits (A, K), and a class for each row or dense rows of mass 1, in as few calls as there can be"
+    scale = 1/len(z) if mean else 1.
+    if y.is_floating_point():
+        total, g = loss_of_block(z, None, y, None, None, wanted, eps, scale)
+        return total*scale, g
+    p, k = torch.log_softmax(z, 1), z.shape[1]
     total = (1-eps)*F.nll_loss(p, y, reduction='sum').item() - (eps*p.sum().item()/k if eps else 0.)
     if wanted:
         p.exp_()
         torch.add(p.new_full((), -eps*scale/k), p, alpha=scale, out=p).scatter_(1, y.unsqueeze(1), (eps-1)*scale, reduce='add')
     return total*scale, p
 
-def loss_of_rows(z, index, c, eps, mean, wanted):
-    """Smoothed cross entropy of logits (A, K, *), as a number, and its gradient or None.
+def mass_of(index, c, mean, axis):
+    """What the coefficients sum to, None for 1 everywhere; and the factor that makes a sum of losses the mean over it.
 
-    The target is classes (A, m, *) with coefficients `c`, where None says 1 each; or, without classes, `c` alone (A, K, *).
-    `mass` (A, 1, *) is what the coefficients sum to, None for 1 everywhere."""
+    The target is classes, m of them at `axis`, with coefficients `c`, where None says 1 each; or, without classes, `c` alone, K at `axis`."""
     if c is None: mass, n = None, index.numel()
     else:
-        mass = c.sum(1, keepdim=True)
+        mass = c.sum(axis, keepdim=True)
         low, high = mass.aminmax()
-        n = mass.sum().item() if not max(1-low.item(), high.item()-1) < 4*torch.finfo(z.dtype).eps else None
+        n = mass.sum().item() if not max(1-low.item(), high.item()-1) < 4*torch.finfo(c.dtype).eps else None
         if n is None: mass, n = None, mass.numel()
-    scale = (1/n if n else 0.) if mean else 1.
-    if z.numel() <= SMALL: total, g = loss_of_block(z, index, c, mass, eps, scale, None, wanted)
-    else:
-        total, g = 0., torch.empty(z.shape, dtype=z.dtype) if wanted else None
-        for s, block, out in blocks_of(z, g):
-            total += loss_of_block(block, *(t if t is None else t[s] for t in (index, c, mass)), eps, scale, out, wanted)[0]
-    return total*scale, g
+    return mass, (1/n if n else 0.) if mean else 1.
 
 def cpu_cross_entropy(
     logits:Tensor, # Logits in float32 or float64, (N, K, *) with the classes at `axis`
@@ -168,24 +195,29 @@ def cpu_cross_entropy(
 )->Tensor: # Loss, 0-d
     "Smoothed cross entropy with its gradient in one pass"
     def compute(logits, wanted):
-        if axis == 1 and logits.ndim == 2: return loss_of_rows(logits, index, coefficient, eps, mean, wanted)
-        z, lay, back = as_rows(logits, axis)
-        value, g = loss_of_rows(z, *(t if t is None else lay(t) for t in (index, coefficient)), eps, mean, wanted)
-        return value, back(g) if wanted else None
+        mass, scale = mass_of(index, coefficient, mean, axis)
+        total, g = over_rows(logits, axis, (index, coefficient, mass), wanted, lambda *block: loss_of_block(*block, eps, scale))
+        return total*scale, g
     return with_gradient(logits, compute, tuple(t for t in (index, coefficient) if t is not None), formula)
 
 def are_few(
     logits:Tensor, # Logits
     target, # Index, dense or mixed target
     axis:int, # Class dimension, not negative
-)->bool: # True: call `cpu_cross_entropy_of_few` if the path is 'cpu' and all labels are classes
+)->bool: # True: call `cpu_cross_entropy_of_few` if the path is 'cpu' and `few_fit`
     "Whether the Python around a loss takes as long as its numbers"
-    return (logits.is_cpu and axis == 1 and logits.ndim == 2 and 0 < logits.numel() <= SMALL and logits.dtype in (torch.float32, torch.float64)
-            and type(target) is Tensor and target.dtype is torch.int64 and target.shape == logits.shape[:1])
+    most = SMALL if logits.requires_grad and torch.is_grad_enabled() else BLOCK
+    return (logits.is_cpu and axis == 1 and logits.ndim == 2 and 0 < logits.numel() <= most and logits.dtype in (torch.float32, torch.float64)
+            and type(target) is Tensor and ((target.dtype is torch.int64 and target.shape == logits.shape[:1])
+                or (target.dtype is logits.dtype and target.shape == logits.shape and logits.shape[1] > 1)))
+
+def few_fit(target, n_classes, ignore_index):
+    "Whether all labels are classes, or all rows have the mass 1"
+    return mass_of(None, target, False, 1)[0] is None if target.is_floating_point() else all_classes(target, n_classes, ignore_index)
 
 def cpu_cross_entropy_of_few(
     logits:Tensor, # Logits (N, K)
-    y:Tensor, # Classes in [0, K), (N,)
+    y:Tensor, # Classes in [0, K), (N,), or dense rows of mass 1
     eps:float, # Smoothing strength
     mean:bool, # Over the rows; otherwise the sum
     formula, # The same loss as a function of the logits alone
@@ -196,7 +228,7 @@ def cpu_cross_entropy_of_few(
 # %% ../../nbs/21_kernels.cpu.ipynb #622fdb15
 def binary_loss_and_gradient(logits, target, off, on, scale, wanted):
     "Binary cross entropy of logits and a known target of the same shape, times `scale`, as a number; and its gradient or None"
-    if logits.numel() <= SMALL: # few calls
+    if logits.numel() <= 4*SMALL: # few calls
         y = torch.add(target.new_full((), off), target, alpha=on-off) if off or on != 1 else target
         total = F.binary_cross_entropy_with_logits(logits, y, reduction='sum').item()
         return total*scale, torch.sigmoid(logits).sub_(y).mul_(scale) if wanted else None

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu import are_few, cpu_binary_cross_entropy, cpu_cross_entropy, cpu_cross_entropy_of_few
-from .formulas import (REDUCTIONS, all_classes, binary_cross_entropy_of_logits, check_class_weight, check_several_classes, class_axis,
+from .cpu import are_few, cpu_binary_cross_entropy, cpu_cross_entropy, cpu_cross_entropy_of_few, few_fit
+from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, check_class_weight, check_several_classes, class_axis,
                                             cross_entropy_of_log_probs, entries, in_single_precision, in_transform, kept_entries, log_softmax, reduce)
 from .gpu import gpu_cross_entropy, gpu_takes
 from .gpu_binary import as_entries, gpu_binary_cross_entropy, gpu_takes_binary
@@ -94,15 +94,15 @@ def cross_entropy(
     formula = lambda z: cross_entropy_of_log_probs(log_softmax(z, target, axis, ignore_index), target, eps, axis, weight, weight_by, ignore_index, reduction)
     simple = weight is None and not isinstance(eps, Tensor) and reduction in ('mean', 'sum') and weight_by in ('class', 'example') and logits.ndim > 1
     on_gpu = gpu_takes(logits, target, eps, axis, weight, weight_by, reduction)
-    few = simple and not on_gpu and are_few(logits, target, axis) and path_of(logits, target, None, True) == 'cpu'
-    if few and all_classes(target, logits.shape[1], ignore_index):
+    path = path_of(logits, None, target, True) if simple and not on_gpu and are_few(logits, target, axis) else ''
+    if path == 'cpu' and few_fit(target, logits.shape[1], ignore_index):
         return cpu_cross_entropy_of_few(logits, target, eps, reduction == 'mean', formula)
     if not on_gpu:
         logits = in_single_precision(logits)
         index, coefficient, ignored = entries(logits, target, axis, ignore_index)
         if (not simple or not logits.is_cpu) and index is not None and coefficient is None:
             native = torch_takes(logits, eps, axis, weight, weight_by, reduction)
-    path = path_of(logits, index, coefficient, simple, native, on_gpu)
+    if not path: path = path_of(logits, index, coefficient, simple, native, on_gpu)
     if path == 'formula': return formula(logits)
     if path == 'triton':
         if isinstance(target, Tensor) and target.is_floating_point(): check_several_classes(logits.shape, axis)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import REDUCTIONS, all_possible, in_single_precision, reduce, surely, without_ignored
+from ..kernels import REDUCTIONS, all_classes, all_possible, in_single_precision, logit_penalty, reduce, surely, without_ignored
 from .binary import LabelSmoothingBCE
 from .overlap import LabelSmoothingDice
 from .settings import loss_settings
@@ -78,7 +78,7 @@ def mass_of(
     pred:Tensor, # Logits (N, K, *)
     axis:int, # Class dimension, not negative
     ignore_index:int|None, # Index without mass
-)->Tensor: # 1 for a position that has a label, its mass for a soft target, 0 where ignored; at most 1
+)->Tensor|None: # 1 for a position that has a label, its mass for a soft target, 0 where ignored; at most 1. None: surely 1 everywhere
     "How much there is to learn at each position"
     if is_mixed(target): target = target.dense()
     if target.is_floating_point():
@@ -87,7 +87,8 @@ def mass_of(
     if target.ndim == pred.ndim and target.shape[axis] > 1: return (target.sum(axis) > 0).to(pred.dtype) # multi-hot
     if target.ndim == pred.ndim: target = target.squeeze(axis)
     target = base_tensor(target)
-    return torch.ones_like(target, dtype=pred.dtype) if ignore_index is None else (target != ignore_index).to(pred.dtype)
+    if ignore_index is None or (is_readable(target) and target.numel() and all_classes(target, pred.shape[axis], ignore_index)): return None
+    return (target != ignore_index).to(pred.dtype)
 
 # %% ../../nbs/34_losses.combined.ipynb #a26b9236
 class LogitPenalty(LossOfLosses):
@@ -114,10 +115,25 @@ class LogitPenalty(LossOfLosses):
         **kwargs:Inputs # For the loss
     )->Tensor: # Loss: 0-d, or as that of the loss for reduction 'none'
         "The loss and its penalty"
-        loss,axis = self.loss(pred, target, **kwargs),check_axis(pred, self.loss.axis)
-        z = in_single_precision(pred)
-        known = mass_of(target, z, axis, loss_settings(self.loss).ignore_index)
-        if not surely(known != 0): z = z.masked_fill((known == 0).unsqueeze(axis), 0.) # padding may hold anything
+        loss,leaf,z = self.loss(pred, target, **kwargs),self.leaves()[0],in_single_precision(pred)
+        axis,reduction = check_axis(z, leaf.axis),leaf.reduction
+        known = mass_of(target, z, axis, getattr(leaf, 'ignore_index', -100))
+        if reduction != 'none':
+            def formula(z:Tensor)->Tensor:
+                penalty = self.penalty(z, known, axis)
+                return reduce(penalty, torch.ones_like(penalty) if known is None else known, reduction)
+            return loss + logit_penalty(z, known, self.kind, self.margin, self.strength, axis, reduction == 'mean', formula)
+        penalty = self.penalty(z, known, axis)
+        if isinstance(leaf, LabelSmoothingDice): return loss + (penalty.flatten(1).mean(1) if penalty.ndim > 1 else penalty)[:,None]
+        return loss + penalty
+
+    def penalty(self,
+        z:Tensor, # Logits in at least single precision
+        known:Tensor|None, # From `mass_of`
+        axis:int, # Class dimension, not negative
+    )->Tensor: # `strength` times the penalty of each position, times how much there is to learn
+        "The formula of the penalty"
+        if known is not None and not surely(known != 0): z = z.masked_fill((known == 0).unsqueeze(axis), 0.) # padding may hold anything
         possible,top = all_possible(z),z.amax(axis, keepdim=True)
         ruled_out = lambda x: x if possible else x.masked_fill(z == -torch.inf, 0.) # a class that is ruled out has no logit to keep small
         if self.kind == 'confidence':
@@ -125,10 +141,8 @@ class LogitPenalty(LossOfLosses):
             penalty = (log_p.exp()*(log_p if all_possible(log_p) else log_p.masked_fill(log_p == -torch.inf, 0.))).sum(axis)
         elif self.kind == 'margin': penalty = ruled_out((top-self.margin-z).relu()).mean(axis)
         else: penalty = top.squeeze(axis)-z.mean(axis) if possible else ruled_out(top-z).mean(axis)
-        penalty = self.strength*penalty*known
-        if self.reduction != 'none': return loss + reduce(penalty, known, self.reduction)
-        if isinstance(self.leaves()[0], LabelSmoothingDice): return loss + (penalty.flatten(1).mean(1) if penalty.ndim > 1 else penalty)[:,None]
-        return loss + penalty
+        penalty = self.strength*penalty
+        return penalty if known is None else penalty*known
 
     def parts(self)->list[SmoothingLoss]: return [self.loss]
 

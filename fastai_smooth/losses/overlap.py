@@ -8,10 +8,12 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/losses.overlap.html.md"""
 __all__ = ['LabelSmoothingFocal', 'LabelSmoothingDice']
 
 # %% ../../nbs/32_losses.overlap.ipynb #b1c4498b
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..kernels import all_possible, check_several_classes, in_single_precision, surely, without_ignored
+from ..kernels import all_possible, check_several_classes, dice_loss, focal_loss, in_single_precision, surely, without_ignored
 from .softmax import LabelSmoothingCrossEntropy, SoftmaxLoss
 from ..distributions import Distribution, check_distribution
 from ..targets import Eps, Inputs, Numbers, Target, check_axis, dense_target, spread
@@ -19,7 +21,8 @@ from ..targets import Eps, Inputs, Numbers, Target, check_axis, dense_target, sp
 # %% ../../nbs/32_losses.overlap.ipynb #769fcef1
 class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
     "Focal loss with label smoothing, Lin et al. 2017, https://arxiv.org/abs/1708.02002"
-    fast = False
+    @property
+    def fast(self)->bool: return self.gamma == 0 # then it is cross entropy
 
     def __init__(self,
         eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
@@ -39,11 +42,14 @@ class LabelSmoothingFocal(LabelSmoothingCrossEntropy):
 
     def log_probs(self, pred:Tensor, axis:int)->Tensor:
         log_p = pred.log_softmax(axis)
-        if not self.gamma: return log_p
         if all_possible(log_p): return log_p*self.focus(log_p)
         ruled_out = log_p == -torch.inf # 0 instead, where the focal factor has a gradient
         log_p = log_p.masked_fill(ruled_out, 0.)
         return (log_p*self.focus(log_p)).masked_fill(ruled_out, -torch.inf)
+
+    def of_log_probs(self, pred:Tensor, target:Target, eps:float|Tensor, axis:int, formula:Callable)->Tensor:
+        if self.weight is not None or isinstance(eps, Tensor) or self.reduction == 'none': return formula(pred)
+        return focal_loss(pred, target, eps, self.gamma, axis, self.ignore_index, self.reduction == 'mean', formula)
 
     def focus(self,
         log_p:Tensor, # Log-probabilities
@@ -78,17 +84,22 @@ class LabelSmoothingDice(SoftmaxLoss):
         inputs:Inputs=None, # What the model was called with, for distributions that ask for it
     )->Tensor: # Loss in float32, or float64 for such logits: 0-d, or (N, K) for reduction 'none'
         "Dice of the smoothed target. Shapes or labels that do not fit: ValueError"
-        axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
+        axis,logits,eps = check_axis(pred, self.axis),in_single_precision(pred),self.eps
         if axis == 0: raise ValueError(f"axis=0 of predictions of shape {tuple(pred.shape)} counts examples: the classes need another one.")
         check_several_classes(pred.shape, axis)
-        q = dense_target(target, logits, axis, self.ignore_index)
-        p, mass = without_ignored(logits, q, axis, None).softmax(axis), q.sum(axis, keepdim=True)
-        if q.requires_grad or not surely(mass == 1): p = p*mass # a pixel without mass counts for nothing
-        context:dict = dict(logits=pred, inputs=inputs) if self.dist is not None else {}
-        q = spread(q, self.eps, axis, self.dist, **context)
-        area = [d for d in range(1, pred.ndim) if d != axis]
-        total = lambda x: x.sum(area) if area else x
-        if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())
-        else: inter,union = total(torch.minimum(p, q)),total(p)+total(q)
-        loss = 1 - (2*inter+self.smooth)/(union+self.smooth)
-        return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' or not loss.numel() else loss.mean()
+        def formula(logits:Tensor)->Tensor:
+            q = dense_target(target, logits, axis, self.ignore_index)
+            p, mass = without_ignored(logits, q, axis, None).softmax(axis), q.sum(axis, keepdim=True)
+            if q.requires_grad or not surely(mass == 1): p = p*mass # a pixel without mass counts for nothing
+            context:dict = dict(logits=pred, inputs=inputs) if self.dist is not None else {}
+            q = spread(q, eps, axis, self.dist, **context)
+            area = [d for d in range(1, pred.ndim) if d != axis]
+            total = lambda x: x.sum(area) if area else x
+            if self.square_in_union: inter,union = total(p*q),total(p.square()+q.square())
+            else: inter,union = total(torch.minimum(p, q)),total(p)+total(q)
+            loss = 1 - (2*inter+self.smooth)/(union+self.smooth)
+            return loss if self.reduction == 'none' else loss.sum() if self.reduction == 'sum' or not loss.numel() else loss.mean()
+        before,after = pred.shape[:axis],pred.shape[axis+1:]
+        fits = not isinstance(target, Tensor) or target.shape in ((*before, *after), (*before, 1, *after), pred.shape)
+        if not fits or self.dist is not None or isinstance(eps, Tensor) or self.reduction == 'none': return formula(logits)
+        return dice_loss(logits, target, eps, axis, self.ignore_index, self.smooth, self.square_in_union, self.reduction == 'mean', formula)

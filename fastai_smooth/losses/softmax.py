@@ -10,6 +10,7 @@ __all__ = ['LabelSmoothingCrossEntropyFlat', 'SmoothingLoss', 'SoftmaxLoss', 'La
 
 # %% ../../nbs/30_losses.softmax.ipynb #6696734f
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from ..kernels import (REDUCTIONS, LazyLogits, check_class_weight, cross_entropy
                                    log_softmax, single_like, without_ignored)
 from ..distributions import Distribution, check_distribution
 from ..targets import (SOFTMAX_CONVENTIONS, Eps, Inputs, Numbers, Target, base_tensor, check_axis, check_choice, check_eps, check_probabilities, dense_target,
-                                   per_class, read_eps, to_dense, uniform_eps)
+                                   is_readable, per_class, read_eps, to_dense, uniform_eps)
 
 # %% ../../nbs/30_losses.softmax.ipynb #6cbe5021
 class SmoothingLoss(nn.Module):
@@ -98,7 +99,6 @@ class SoftmaxLoss(SmoothingLoss):
 class LabelSmoothingCrossEntropy(SoftmaxLoss):
     "Cross entropy with label smoothing, Szegedy et al. 2015, https://arxiv.org/abs/1512.00567"
     y_int = True # fastai's mixers blend the losses of index targets
-    fast = True # Whether `log_probs` is the log-softmax, for which there are fast paths
 
     def __init__(self,
         eps:Eps=0.1, # Smoothing strength in [0, 1]: a number or one per class
@@ -137,14 +137,17 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         if self.dist is None:
             eps = self.eps if self.convention == 'uniform' else uniform_eps(self.eps, self.convention, pred.shape[axis])
             if self.fast: return cross_entropy(pred, target, eps, *args)
-            logits = without_ignored(in_single_precision(pred), target, axis, self.ignore_index)
-            return cross_entropy_of_log_probs(self.log_probs(logits, axis), target, eps, *args)
+            formula = lambda z: cross_entropy_of_log_probs(self.log_probs(without_ignored(z, target, axis, self.ignore_index), axis), target, eps, *args)
+            return self.of_log_probs(in_single_precision(pred), target, eps, axis, formula)
         check_distribution(self.dist, self.convention)
         q = dense_target(target, single_like(pred), axis, self.ignore_index)
         received = self.dist(q*per_class(self.eps, q, axis), axis=axis, logits=pred, inputs=inputs)
         log_probs = lambda: self.log_probs(without_ignored(in_single_precision(pred), q, axis, None), axis)
         if self.fast: return cross_entropy_with(pred, q, self.eps, received, log_probs, axis, self.weight, self.weight_by, self.reduction)
         return cross_entropy_of_log_probs(log_probs(), q, self.eps, *args, received)
+
+    @property
+    def fast(self)->bool: return True # `log_probs` is the log-softmax, for which there are fast paths
 
     def log_probs(self,
         pred:Tensor, # Logits in at least single precision
@@ -153,12 +156,23 @@ class LabelSmoothingCrossEntropy(SoftmaxLoss):
         "Log-probabilities of a prediction"
         return pred.log_softmax(axis)
 
+    def of_log_probs(self,
+        pred:Tensor, # Logits in at least single precision
+        target:Target, # Index, dense or mixed target
+        eps:float|Tensor, # Smoothing strength: a number or one per class
+        axis:int, # Class dimension, not negative
+        formula:Callable, # The loss as a function of the logits alone
+    )->Tensor: # Loss
+        "The loss for `log_probs` that are no log-softmax"
+        return formula(pred)
+
 LabelSmoothingCrossEntropyFlat = LabelSmoothingCrossEntropy
 
 # %% ../../nbs/30_losses.softmax.ipynb #6b305446
 class LabelSmoothingNLL(LabelSmoothingCrossEntropy):
     "`LabelSmoothingCrossEntropy` of log-probabilities: what `nn.NLLLoss` is to `nn.CrossEntropyLoss`"
-    fast = False
+    @property
+    def fast(self)->bool: return False
 
     def log_probs(self, pred:Tensor, axis:int)->Tensor: return pred
 
@@ -193,7 +207,8 @@ class MultiLabelSmoothingCrossEntropy(SoftmaxLoss):
         if isinstance(y, Tensor) and tuple(y.shape) == tuple(pred.shape): y = check_probabilities(base_tensor(y).to(dtype))
         else: y = to_dense(y, pred.shape[axis], axis).to(dtype)
         n = y.sum(axis, keepdim=True)
-        return cross_entropy(pred, y/n.where(n != 0, 1.), self.eps, axis, None, 'class', None, self.reduction)
+        if not (is_readable(n) and n.numel() and n.amin().item() > 0): n = n.where(n != 0, 1.)
+        return cross_entropy(pred, y/n, self.eps, axis, None, 'class', None, self.reduction)
 
     def decodes(self,
         pred:Tensor # Probabilities

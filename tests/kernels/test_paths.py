@@ -110,7 +110,7 @@ def test_the_gpu_kernels_get_what_the_model_made(monkeypatch):
 def test_an_error_of_the_fast_path_is_seen(error, monkeypatch):
     "It is not taken for a sign that the formula should be used"
     def broken(*args): raise error('broken')
-    for name in ('loss_of_rows', 'loss_of_few'): monkeypatch.setattr(cpu, name, broken)
+    for name in ('loss_of_block', 'loss_of_few'): monkeypatch.setattr(cpu, name, broken)
     monkeypatch.setattr(cpu, 'binary_loss_and_gradient', broken)
     z, y = batch()
     for wanted in (False, True):
