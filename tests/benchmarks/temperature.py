@@ -1,8 +1,8 @@
 """How many virtual examples the temperature wants: python tests/benchmarks/temperature.py FOLDER
 
-FOLDER is that of a finished comparison of many seeds, whose predictions are taken (30 fresh seeds, about ten minutes of one core):
+FOLDER is that of a finished comparison of many seeds, whose predictions are taken (53 fresh seeds, about fifteen minutes of one core):
 
-    fastai-smooth compare digits --methods ce,ls --seeds 30 --seed0 100 --out FOLDER
+    fastai-smooth compare digits --methods ce,ls --seeds 53 --seed0 1000 --out FOLDER
 
 For each number of virtual examples: the NLL of each method after a cross-fitted temperature, the difference of the second method from the first with its
 t-value, and how often the verdict on five of the seeds finds the second one better."""
