@@ -331,7 +331,7 @@ def head_loss(features, weight, target, eps, bias, dist, class_weight, weight_by
     if dist is not None: list(parts_of(dist)) # refused at once
     x,weight,bias = base_tensor(features),base_tensor(weight),base_tensor(bias)
     if not torch.is_grad_enabled(): x,weight,bias = (t if t is None else t.detach() for t in (x, weight, bias)) # no gradient is made ahead
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type): # meta has none to ask for
         low = torch.get_autocast_dtype(x.device.type)
         x,weight,bias = x.to(low),weight.to(low),bias if bias is None else bias.to(low)
     args = target,eps,dist,class_weight,weight_by,ignore_index,reduction

@@ -92,8 +92,8 @@ class MixtureForm(DenseOperators):
     def weights(self)->Tensor: return self._weights.expand(self.indices.shape)
     @property
     def shape(self)->torch.Size:
-        s = list(self.indices.shape)
-        del s[1]
+        n,_,*rest = self.indices.shape
+        s = [n, *rest]
         return torch.Size(s[:self.axis] + [self.n_classes] + s[self.axis:])
     @property
     def is_sparse_mixture(self)->bool: return self._dense is None
