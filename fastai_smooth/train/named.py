@@ -28,12 +28,12 @@ from .strict import PICKLED, fields, number, one_of, refuse, several, text, whol
 OWN = {'convnet': small_convnet, 'segmenter': small_segmenter}
 
 def is_listed(
-    library:str, # 'timm', 'torchvision' or 'fastai_smooth'
+    package:str, # 'timm', 'torchvision' or 'fastai_smooth'
     name:str, # Of a network
 )->bool:
-    "Whether a library lists a network for images under this name. timm's names that lead to files or downloads are not listed"
-    if library == 'fastai_smooth': return name in OWN
-    if library == 'torchvision': return name in torchvision.models.list_models(module=torchvision.models)
+    "Whether a package lists a network for images under this name. timm's names that lead to files or downloads are not listed"
+    if package == 'fastai_smooth': return name in OWN
+    if package == 'torchvision': return name in torchvision.models.list_models(module=torchvision.models)
     return timm.is_model(name) and (name in timm.list_models() or name in timm.list_pretrained()) # with a tag behind a dot or not
 
 # %% ../../nbs/86b_train.named.ipynb #56cadfbd
@@ -41,17 +41,17 @@ FLAG = one_of(True, False)
 OPTIONS = {'own': fields(width=whole(1, 4096)), 'whole': fields(drop_path_rate=number(0, .999)),
            'vision': fields(concat_pool=FLAG, lin_ftrs=several(whole(1, 2**16), 0, 8), ps=several(number(0, 1), 1, 9), first_bn=FLAG, bn_final=FLAG),
            'unet': fields(size=several(whole(8, 2**11), 2, 2), self_attention=FLAG, blur=FLAG, last_cross=FLAG)}
-NETWORK = fields(library=one_of('timm', 'torchvision', 'fastai_smooth'), arch=text(), form=one_of(*OPTIONS), n_channels=one_of(1, 3),
+NETWORK = fields(package=one_of('timm', 'torchvision', 'fastai_smooth'), arch=text(), form=one_of(*OPTIONS), n_channels=one_of(1, 3),
                  n_classes=whole(1, 10**6), options=lambda value, name: value)
 
 def checked_network(value, name):
     "The check of a record of a network, see `strict`"
     spec = NETWORK(value, name)
-    library,form = spec['library'],spec['form']
-    if not is_listed(library, spec['arch']): refuse(f'{name}.arch', spec['arch'], f'the name of an image network that {library} lists here')
-    fits = (form == 'own') == (library == 'fastai_smooth') and (form, library) != ('unet', 'timm')
-    if not fits: refuse(f'{name}.form', form, f'a form that networks of {library} have')
-    if (form, library) == ('whole', 'torchvision') and spec['n_channels'] != 3: refuse(f'{name}.n_channels', spec['n_channels'], '3 for this network')
+    package,form = spec['package'],spec['form']
+    if not is_listed(package, spec['arch']): refuse(f'{name}.arch', spec['arch'], f'the name of an image network that {package} lists here')
+    fits = (form == 'own') == (package == 'fastai_smooth') and (form, package) != ('unet', 'timm')
+    if not fits: refuse(f'{name}.form', form, f'a form that networks of {package} have')
+    if (form, package) == ('whole', 'torchvision') and spec['n_channels'] != 3: refuse(f'{name}.n_channels', spec['n_channels'], '3 for this network')
     return spec | dict(options=OPTIONS[form](spec['options'], f'{name}.options'))
 
 # %% ../../nbs/86b_train.named.ipynb #e0a0a841
@@ -74,7 +74,7 @@ def build_network(
 )->nn.Module: # With random weights; no download
     "A network from its name and arguments. The random state stays as it is"
     n_in,n_out,name,options = spec['n_channels'],spec['n_classes'],spec['arch'],dict(spec['options'])
-    from_timm = spec['library'] == 'timm'
+    from_timm = spec['package'] == 'timm'
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter('ignore') # fastai passes torchvision an argument under its old name
         if spec['form'] == 'own': return OWN[name](n_in, n_out, **options)
@@ -89,12 +89,12 @@ def build_network(
 
 # %% ../../nbs/86b_train.named.ipynb #aec0b0ea
 def names_of(learn, model):
-    "The names that a learner, its recipe and its network give: pairs of a library and a name"
+    "The names that a learner, its recipe and its network give: pairs of a package and a name"
     arch,found = getattr(learn, 'arch', None),[]
     inner = model[0] if isinstance(model, nn.Sequential) and len(model) and isinstance(model[0], TimmBody) else model
     known = (getattr(learn, 'recipe_settings', None) or {}).get('arch'),(getattr(getattr(inner, 'model', inner), 'default_cfg', None) or {}).get('architecture')
     for name in (arch, *known):
-        if isinstance(name, str): found += [(library, name) for library in ('timm', 'torchvision') if is_listed(library, name)]
+        if isinstance(name, str): found += [(package, name) for package in ('timm', 'torchvision') if is_listed(package, name)]
         elif callable(name):
             called = getattr(name, '__name__', '')
             if is_listed('torchvision', called) and torchvision.models.get_model_builder(called) is name: found.append(('torchvision', called))
@@ -123,13 +123,13 @@ def records_of(learn, model, n_channels, n_classes, size):
     sizes = dict(n_channels=n_channels, n_classes=n_classes)
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if type(model) is nn.Sequential and len(model) > 2 and conv is not None:
-        return [dict(library='fastai_smooth', arch=name, form='own', **sizes, options=dict(width=conv.out_channels)) for name in OWN]
+        return [dict(package='fastai_smooth', arch=name, form='own', **sizes, options=dict(width=conv.out_channels)) for name in OWN]
     names = names_of(learn, model)
     if isinstance(model, DynamicUnet): form,options,names = 'unet',unet_options(model, size),[n for n in names if n[0] == 'torchvision']
     elif type(model) is nn.Sequential and len(model) == 2 and isinstance(model[1], nn.Sequential):
         form,options = 'vision',head_options(model[1])
     else: form,options = 'whole',dict(drop_path_rate=max((float(m.drop_prob) for m in model.modules() if isinstance(m, timm.layers.DropPath)), default=0.))
-    return [dict(library=library, arch=name, form=form, **sizes, options=options) for library, name in names]
+    return [dict(package=package, arch=name, form=form, **sizes, options=options) for package, name in names]
 
 # %% ../../nbs/86b_train.named.ipynb #7e85e877
 def difference(
@@ -157,7 +157,7 @@ def network_record(
     for spec in records_of(learn, model, n_channels, n_classes, size):
         other = difference(model, build_network(spec))
         if other is None: return spec
-        found.append(f"against {spec['arch']} of {spec['library']}, {other}")
+        found.append(f"against {spec['arch']} of {spec['package']}, {other}")
     why = ': '*bool(found)+'; '.join(found)
     raise ValueError(f"A safe file names the network, and this {type(model).__name__} is none that torchvision or timm lists, as it is or through "
                      f"vision_learner or unet_learner, and none of this package{why}. If it is one, set learn.arch to its name. {PICKLED}")

@@ -44,7 +44,8 @@ def test_the_card_has_the_figures_of_the_run(run, rows):
         s = json.loads((folder/'summary.json').read_text())
         text = (folder/'README.md').read_text()
         card = ModelCard(text)  # reads the head as the hub does
-        assert card.data.pipeline_tag == kind and card.data.library_name == 'fastai_smooth' and 'fastai' in card.data.tags
+        head = card.data.to_dict()
+        assert head['pipeline_tag'] == kind and head['library_name'] == 'fastai_smooth' and 'fastai' in head['tags']
         found = {r.metric_name: (r.metric_value, r.dataset_name, r.task_type) for r in card.data.eval_results}
         for when, words in (('as_trained', 'as trained'), ('after_temperature', 'after temperature')):
             for k, name in (('accuracy', 'accuracy'), ('nll', 'NLL'), ('ece', 'ECE')):
