@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fastai_smooth import __version__, cli
+from fastai_smooth import __version__
+from fastai_smooth.arguments import EMBEDDED
 from fastai_smooth.cli import COMMANDS, _parser, main, numbers, setting
-from fastai_smooth.compare import Comparison, methods
-from fastai_smooth.data import SOURCES
+from fastai_smooth.compare import Comparison
+from fastai_smooth.data import SOURCES, read_source
 from fastai_smooth.train import recipes, training
 
 
@@ -79,13 +80,22 @@ def test_values():
     assert setting('delimiter= ') == ('delimiter', ' ')
 
 
-def test_names_that_are_known_without_loading_anything_are_those_of_the_rooms():
-    assert set(cli.EMBEDDED) == set(SOURCES) and set(cli.PARTS) == {'ce', *methods.VOTES, *methods.SMOOTH, *methods.MIXERS}
+@pytest.mark.parametrize('name', [n for n in EMBEDDED if n != 'pets']) # which is downloaded
+def test_what_is_known_of_embedded_sets_without_loading_them(name):
+    source = read_source(name)
+    assert EMBEDDED[name] == (source.kind, source.several, source.split is not None) and set(EMBEDDED) == set(SOURCES)
 
 
 @pytest.mark.parametrize('args, words', [
     (['mnist'], "Unknown data set 'mnist': use one of digits"), (['--eps', '2'], 'eps must lie in [0, 1], but got 2.0'), (['--eps', '.1,-1'], 'got -1.0'),
     (['--noise', '1'], 'noise must lie in [0, 1), but got 1.0'), (['--methods', 'ce,magic'], "Unknown method 'magic'"),
+    (['--methods', 'ls@2'], "in 'ls@2'"), (['--methods', 'ce,ls,ls@.1'], 'named twice in ce,ls,ls@.1'),
+    (['docstrings', '--methods', 'ce,mixup'], 'does not fit texts'), (['--methods', 'ce,spatial'], 'does not fit images'),
+    (['multi_digits', '--methods', 'prior'], 'exclusive classes'), (['multi_digits', '--methods', 'ls', '--noise', '.2'], 'noise puts'),
+    (['multi_digits', '--valid-pct', '.3'], 'says which are for validation'),
+    (['iris', '--size', '32'], 'iris holds rows'), (['--ignore', '255'], '--ignore is for masks'), (['--methods', 'ce,votes'], 'needs votes'),
+    (['--methods', 'ce,mixup', '--eps', '.3'], 'is for methods that smooth'), (['--methods', 'ce,ls@.1', '--eps', '.2,.3'], 'is for methods that smooth'),
+    (['--methods', 'ce~.1', '--noise', '.3'], 'name no label noise of their own'), (['--pairs', '4:9'], 'say how much'),
     (['--seeds', '0'], 'seeds must be at least 1'),
     (['--seed0', '-1'], 'seed0 must be at least 0'), (['--pairs', '4', '--noise', '.2'], 'pairs must be class numbers'),
     (['--pairs', '1:2,4:4', '--noise', '.2'], 'a class with another one'), (['--weights', 'none.pth'], '--weights none.pth is no file'),
@@ -145,7 +155,9 @@ def test_doctor(capsys):
     (['--version'], 0, __version__), ([], 0, 'usage'), (['compare', '--help'], 0, '--seeds'), (['train', '--help'], 0, '--ignore'), (['list'], 0, 'finetune'),
     (['list', 'a1'], 0, 'Wightman'), (['train', 'digits', '--arch', 'x'], 2, "no setting 'arch'"), (['train', 'finetune', 'nowhere'], 2, 'nowhere'),
     (['compare', '--seed', '3'], 2, 'unrecognized'), (['compare', 'mnist'], 2, 'Unknown data set'),
-    (['compare', '--methods', 'magic'], 2, 'Unknown method'), (['compare', '--out', __file__], 2, 'is a file'),
+    (['compare', '--methods', 'magic'], 2, 'Unknown method'), (['compare', '--methods', 'ls@2'], 2, 'eps must lie'),
+    (['compare', 'docstrings', '--methods', 'mixup'], 2, 'does not fit'), (['compare', '--methods', 'ce,ce'], 2, 'named twice'),
+    (['compare', '--out', __file__], 2, 'is a file'),
     (['train', 'digits', '--out', __file__], 2, 'is a file')])
 def test_usage_and_refusals_import_neither_torch_nor_fastai(args, code, words):
     script = ("import sys, time; args = sys.argv[1:]; from fastai_smooth.cli import main\ntry: code = main(args)\nexcept SystemExit as e: code = e.code\n"

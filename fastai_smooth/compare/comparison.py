@@ -37,7 +37,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..calibration import Predictions
-from .methods import parse_method
+from .callbacks import method_callbacks
+from ..methods import parse_method
 from .page import write_report
 from .pictures import plot_reliability, png_of
 from .question import Question
@@ -95,7 +96,7 @@ class Trainings(Question):
         if how.noise: labels[train] = corrupt_labels(labels[train], how.noise, kind, len(self.vocab), seed, self.confused)[0].numpy()
         dls = self.source.dls(labels, (train, valid), self.bs, self.size)
         model = self._network()
-        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=how.callbacks(dls, self.kind, self.vocab))
+        learn = Learner(dls, model, loss_func=loss_of(labels, self.voted), cbs=method_callbacks(how, dls=dls, kind=self.kind, vocab=self.vocab))
         return learn.remove_cbs(ProgressCallback)
 
     @cached_property

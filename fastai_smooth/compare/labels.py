@@ -25,7 +25,7 @@ from PIL import Image
 
 from ..calibration import CalibrationInterpretation # noqa: F401  (gives the Learner `find_label_issues`)
 from .page import pictures, render
-from .question import EPOCHS, LEARNING_RATES
+from ..arguments import EPOCHS, LEARNING_RATES
 from .scores import loss_of
 from ..data import NETWORKS, LabelIssues, batch_size_for, network_for, read_source
 from ..run_folder import write_text

@@ -8,117 +8,50 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/compare.question.html.md"""
 __all__ = ['Question']
 
 # %% ../../nbs/76_compare.question.ipynb #dc4479e5
-import itertools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import joblib
 import numpy as np
 import torch
 
-from .methods import each_method, parse_method, tree_of
+from ..arguments import DEFAULT, EPOCHS, LEARNING_RATES, VOTED, Arguments
+from .callbacks import taxonomy_of
 from .verdict import count
 from ..data import NETWORKS, batch_size_for, network_for, read_source, transition_matrix
-from ..run_folder import RunFolder, check_elsewhere
-
-# %% ../../nbs/76_compare.question.ipynb #d261de2b
-DEFAULT = ('ce', 'ls', 'mixup', 'mixup+ls')
-VOTED = ('ce', 'votes', 'votes+dirichlet') # the majority label, the votes, the votes and some in advance
-EPOCHS = {'digits': 12, 'mnist5k': 6, 'multi_digits': 12, 'digit_masks': 12, 'docstrings': 6} # and 10 of anything else
-LEARNING_RATES = {'images': 3e-3, 'masks': 1e-2, 'texts': 5e-3, 'table': 5e-3}
-
-def parse_pairs(
-    text:str|None # Such as '4:9,9:4'
-)->dict|None: # {class: class that it is mistaken for}
-    "Read pairs of classes by number. What is no such list: ValueError"
-    if text is None: return None
-    try: pairs = {int(a): int(b) for a, b in (p.split(':') for p in text.split(','))}
-    except ValueError: raise ValueError(f"pairs must be class numbers such as 4:9,9:4, but got {text!r}.") from None
-    same = next((a for a, b in pairs.items() if a == b), None)
-    if same is not None: raise ValueError(f"pairs must confuse a class with another one, but got {same}:{same}.")
-    return pairs
-
-def several_of(value, name):
-    "One number or several, as a list. None of them: ValueError"
-    values = [value] if isinstance(value, (int, float)) else list(value)
-    if not values: raise ValueError(f"{name} is empty: name at least one number, such as .1.")
-    return values
+from ..run_folder import RunFolder
 
 # %% ../../nbs/76_compare.question.ipynb #4c659adf
 @dataclass
-class Arguments:
-    "What is compared, and on which data: read and checked. Bad arguments: ValueError"
-    data:str='digits' # An embedded set, a folder of class folders, one of images and masks, or a CSV of files or texts and labels: see `read_source`
-    methods:Any=None # See `parse_method`. None: ce, ls, mixup and mixup+ls, of texts and tables the first two
-    eps:Any=.1 # Smoothing strength, in [0, 1]; of several, every smoothing method is tried with each
-    noise:Any=0. # Share of training labels that are wrong, in [0, 1); of several, every method is tried with each
-    pairs:str|None=None # Which classes the wrong labels confuse, such as '4:9,9:4'. None: any with any
-    epochs:int|None=None # Passes over the training set. None: what suits the data
-    seeds:int=5 # How many seeds
-    arch:str|None=None # A network of `NETWORKS`, or a timm model for images, a torchvision model for masks. None: what suits the data
-    weights:str|Path|None=None # File with a state dict to start from
-    pretrained:bool=False # Whether to start from timm's weights, which are downloaded once
-    bs:int|None=None # Batch size. None: 64, or less where that makes fewer than eight batches
-    size:int|None=None # Resize images to `size` by `size` pixels. None: as they are, of files at most 128
-    valid_pct:float=.2 # Share of the validation set, where the data don't say which it is
-    delimiter:str|None=None # Between several labels in a CSV
-    jobs:int=1 # How many runs at a time, each in a process of its own with its share of the processors (to resume, take as many)
-    out:Any=None # Folder for the results. None: nothing is written
-    resume:bool=False # Go on with the run in `out`
-    lr:Any=None # Highest learning rate; 'find': what `lr_find` suggests for each method with the first seed. None: what suits the data
-    votes:str|None=None # Between the votes of a CSV, such as 'cat;cat;dog'
-    labels:tuple|None=None # Columns of a CSV with counts or probabilities, which are the classes
-    ignore:int|None=None # Number in mask files of pixels to be ignored
-    target:str|None=None # Column of the labels of a CSV. None: the one that is called `label`
-    skip_broken:bool=False # Leave out what cannot be read, rather than raise
-    seed0:int=0 # The first seed: another one gives fresh splits, weights and noise, as if nobody had looked before
-    rows:list=field(default_factory=list, repr=False) # One dict per finished method and seed
-    rates:dict=field(default_factory=dict, repr=False) # Learning rates that were found, by method
-
+class Reading(Arguments):
+    "Arguments with their data, read, and a network that takes them. Bad arguments: ValueError"
     def __post_init__(self):
-        self.data = str(self.data)
-        strengths,rates = several_of(self.eps, 'eps'),several_of(self.noise, 'noise')
-        self.eps,self.noise = strengths[0],rates[0]
-        for m, eps, noise in itertools.product(self.methods or DEFAULT, strengths, rates): parse_method(m, eps, noise) # before images are read
-        self._check_numbers()
-        if self.out is not None: check_elsewhere(self.out, self.data)
+        super().__post_init__()
         self._read()
         own = VOTED if self.voted else DEFAULT if self.kind in ('images', 'masks') else DEFAULT[:2]
-        self.methods = each_method(own if self.methods is None else self.methods, strengths, rates)
-        self._check_methods()
+        self._check_methods(self.asked(own if self.methods is None else self.methods))
         self._check_split()
         self._check_model()
         if self.out is not None: self._check_out() # the folder: see `Question`
-
-    def _check_numbers(self):
-        self.confused = parse_pairs(self.pairs)
-        for name, low in (('epochs', 1), ('seeds', 1), ('bs', 2), ('size', 8), ('jobs', 1), ('seed0', 0)):
-            v = getattr(self, name)
-            if v is not None and v < low: raise ValueError(f"{name} must be at least {low}, but got {v}.")
-        if not 0 < self.valid_pct < 1: raise ValueError(f"valid_pct must lie between 0 and 1, but got {self.valid_pct}.")
-        if isinstance(self.lr, str) and self.lr != 'find': raise ValueError(f"lr must be a number or 'find', but got {self.lr!r}.")
-        if self.lr not in (None, 'find') and not self.lr > 0: raise ValueError(f"lr must be above 0, but got {self.lr}.")
 
     def _read(self):
         "Read the data, and choose what suits them where nobody has"
         self.source = read_source(self.data, self.size, self.delimiter, self.ignore, self.target, self.skip_broken, votes=self.votes, labels=self.labels)
         self.kind,self.several,self.unit = self.source.kind,self.source.several,self.source.unit
         self.voted,self.vocab,self.fingerprint = self.source.votes is not None,self.source.vocab,self.source.fingerprint()
-        if self.kind in ('texts', 'table') and self.size is not None: raise ValueError(f"size is for images, but {self.data} holds {self.unit}: leave it out.")
+        self._check_kind(self.kind)
         if self.size is None and getattr(self.source, 'files', None) is not None: self.size = self.source.images.shape[-1]
         if self.arch is None: self.arch = NETWORKS[self.kind]
         self.epochs,self.lr = self.epochs or EPOCHS.get(self.data, 10),self.lr or LEARNING_RATES[self.kind]
 
-    def _check_methods(self):
-        "Each fits the data, and none is named twice; from here on `methods` are names, and `method_of` says what they stand for"
-        for m in self.methods: m.check(self.kind, self.several, self.voted)
-        self.method_of = {m.name: m for m in self.methods}
-        self.methods = tuple(m.name for m in self.methods)
-        if not self.methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
-        if len({m.key for m in self.method_of.values()}) < len(self.methods): raise ValueError(f"A method is named twice in {','.join(self.methods)}.")
-        if any('taxonomy' in m.parts for m in self.method_of.values()): tree_of(self.vocab)
+    def _check_methods(self, methods):
+        "Each fits the data; from here on `methods` are names, and `method_of` says what they stand for"
+        self._check_asked(methods)
+        for m in methods: m.check(self.kind, self.several, self.voted)
+        self.method_of = {m.name: m for m in methods}
+        self.methods = tuple(self.method_of)
+        if any('taxonomy' in m.parts for m in methods): taxonomy_of(self.vocab)
 
     def _check_split(self):
         "There is something to train on and something to score"
@@ -151,7 +84,7 @@ class Arguments:
 
 # %% ../../nbs/76_compare.question.ipynb #5ef70ede
 @dataclass
-class Question(Arguments):
+class Question(Reading):
     "What is compared, and on which data. Bad arguments: ValueError"
     @property
     def _seeds(self): return range(self.seed0, self.seed0+self.seeds)
