@@ -20,24 +20,36 @@ EPS, LR = .2, .1  # as in two_processes.py
 def all_metrics(): return [ECE(), AdaptiveECE(), ClasswiseECE(), MCE(), NLL(), Brier(), AURC(), AURC('logit_norm')]
 
 
-def launch(out, kind, mixers):
-    "Run the training on two processes and load what they wrote"
+MIXED = [('index', 'both'), ('index', 'oneof'), ('one_hot', 'timm'), ('mask', 'mixup')]
+SCORED = ['index', 'mask']
+
+
+@pytest.fixture(scope='module')
+def ranks_of(tmp_path_factory):
+    "All trainings on two processes, one after the other; gives what the two wrote of one of them"
+    out = tmp_path_factory.mktemp('launch')
     with socket.socket() as s: # a free port
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     here = Path(__file__).parent
-    tests = here.parent
+    cases = [*(f'{kind}:{mixers}' for kind, mixers in MIXED), 'index:online', *(f'{kind}:metrics' for kind in SCORED)]
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_addr', '127.0.0.1', '--master_port', str(port),
-               str(here/'two_processes.py'), str(out), kind, mixers]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(tests), os.environ.get('PYTHONPATH', '')]), 'CUDA_VISIBLE_DEVICES': ''}
+               str(here/'two_processes.py'), str(out), *cases]
+    path = os.pathsep.join([str(here.parent), os.environ.get('PYTHONPATH', '')])
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, 'CUDA_VISIBLE_DEVICES': ''}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    def read(kind, mixers):
+        files = [out/f'{kind}-{mixers}-rank{r}.pt' for r in (0, 1)]
+        assert all(f.exists() for f in files), done.stderr[-3000:]
+        return [torch.load(f, weights_only=False) for f in files]
+    yield read
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(f'{out}/rank{r}.pt', weights_only=False) for r in (0, 1)]
 
 
-@pytest.mark.parametrize('kind, mixers', [('index', 'both'), ('index', 'oneof'), ('one_hot', 'timm'), ('mask', 'mixup')])
-def test_two_processes_are_one_with_both_batches(kind, mixers, tmp_path):
-    ranks = launch(tmp_path, kind, mixers)
+@pytest.mark.parametrize('kind, mixers', MIXED)
+def test_two_processes_are_one_with_both_batches(kind, mixers, ranks_of):
+    ranks = ranks_of(kind, mixers)
     assert [r['world'] for r in ranks] == [2, 2] and [r['rank'] for r in ranks] == [0, 1]
     assert all(r['restored'] for r in ranks)
     steps = len(ranks[0]['seen'])
@@ -71,9 +83,9 @@ def test_two_processes_are_one_with_both_batches(kind, mixers, tmp_path):
     np.testing.assert_allclose(ranks[0]['valid'][-1][1], ranks[1]['valid'][-1][1], rtol=1e-6)
 
 
-def test_online_smoothing_learns_from_both(tmp_path):
+def test_online_smoothing_learns_from_both(ranks_of):
     "The matrix after an epoch is that of all examples, the same on both processes, and the next epoch uses it"
-    ranks = launch(tmp_path, 'index', 'online')
+    ranks = ranks_of('index', 'online')
     assert [r['world'] for r in ranks] == [2, 2] and torch.equal(ranks[0]['matrix'], ranks[1]['matrix'])
     matrix = np.full((4, 4), 1/4)
     for epoch in (0, 1):
@@ -88,10 +100,10 @@ def test_online_smoothing_learns_from_both(tmp_path):
     assert abs(matrix-1/4).max() > .01
 
 
-@pytest.mark.parametrize('kind', ['index', 'mask'])
-def test_metrics_are_those_of_all_examples(kind, tmp_path):
+@pytest.mark.parametrize('kind', SCORED)
+def test_metrics_are_those_of_all_examples(kind, ranks_of):
     "23 examples in batches of 4 on two processes: the last ones are padded, and must not count twice"
-    ranks = launch(tmp_path, kind, 'metrics')
+    ranks = ranks_of(kind, 'metrics')
     learn = make_learner(kind, n=23, bs=4, metrics=all_metrics())
     for p, last in zip(learn.model.parameters(), ranks[0]['last']): p.data.copy_(last)
     with learn.no_bar(): expected = learn.validate()

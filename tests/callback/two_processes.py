@@ -1,6 +1,6 @@
 """Run by test_processes.py under torchrun: train on two processes on the CPU and write down what each of them saw
 
-    torchrun --nproc_per_node 2 two_processes.py OUT KIND MIXERS"""
+    torchrun --nproc_per_node 2 two_processes.py OUT KIND:MIXERS ..."""
 import sys
 
 import fastai.distributed as fd
@@ -38,8 +38,7 @@ class Weights(Callback):
     def before_step(self): self.seen.append([(p.detach().clone(), p.grad.clone()) for p in self.model.parameters()])
 
 
-def main(out, kind, mixers):
-    torch.set_num_threads(1)
+def train(out, kind, mixers):
     cbs = {'none': [], 'both': [MixUp(), CutMix()], 'oneof': [OneOf(MixUp(), CutMix(), p=[.5, .3])], 'timm': [TimmMix(.8, 1., mode='elem')],
            'mixup': [MixUp()], 'online': [MixUp()], 'metrics': []}[mixers]
     dist = Online(4) if mixers == 'online' else None
@@ -55,7 +54,12 @@ def main(out, kind, mixers):
                  last=[p.detach() for p in learn.model.parameters()], valid=[list(v) for v in learn.recorder.values],
                  matrix=None if dist is None else dist.matrix(4))
     found['seen'] = [(x, pred, loss, [torch.as_tensor(t) for t in yb]) for x, pred, loss, yb in found['seen']]
-    torch.save(found, f'{out}/rank{rank}.pt')
+    torch.save(found, f'{out}/{kind}-{mixers}-rank{rank}.pt')
+
+
+def main(out, *cases):
+    torch.set_num_threads(1)
+    for case in cases: train(out, *case.split(':'))
     distributed.destroy_process_group()
 
 

@@ -122,15 +122,15 @@ def test_a_batch_of_one_is_left_out():
 def test_a_learning_rate_is_found_for_each_method(tmp_path, monkeypatch):
     "As lr_find suggests it with the first seed, once, noted in the folder; the trainings are those with this rate"
     monkeypatch.chdir(tmp_path)
-    settings = dict(methods=('ce', 'mixup'), epochs=1, seeds=1, lr='find', seed0=3)
-    comparison = Comparison('digits', out=tmp_path/'run', **settings)
+    settings = dict(methods=('ce', 'ls'), epochs=1, seeds=1, lr='find', seed0=3)
+    comparison = Comparison('wine', out=tmp_path/'run', **settings)
     comparison.run(progress=False)
     rates = read_config(tmp_path/'run')['rates']
-    for method in ('ce', 'mixup'):
-        learn = Comparison('digits', ('ce', 'mixup'), epochs=1).learner(method, 3)
+    for method in ('ce', 'ls'):
+        learn = Comparison('wine', ('ce', 'ls'), epochs=1).learner(method, 3)
         learn.path = tmp_path/'here'
         assert rates[method] == pytest.approx(learn.lr_find(show_plot=False).valley, rel=1e-6)
-        alike = Comparison('digits', ('ce', 'mixup'), epochs=1, lr=rates[method]).train(method, 3)
+        alike = Comparison('wine', ('ce', 'ls'), epochs=1, lr=rates[method]).train(method, 3)
         np.testing.assert_array_equal(comparison.predictions[method, 3]['logits'], alike['logits'])
     assert 'learning rates as found: ce ' in comparison.describe()
     assert not (tmp_path/'models').exists()
@@ -139,10 +139,10 @@ def test_a_learning_rate_is_found_for_each_method(tmp_path, monkeypatch):
     marked = dict(rates, ce=1e-4) # a rate that no search gives: it is read, not found anew
     config = read_config(tmp_path/'run')
     (tmp_path/'run'/'config.json').write_text(json.dumps(config | dict(rates=marked)), encoding='utf-8')
-    again = Comparison('digits', out=tmp_path/'run', resume=True, **settings | dict(seeds=2))
+    again = Comparison('wine', out=tmp_path/'run', resume=True, **settings | dict(seeds=2))
     again.run(progress=False)
     assert again.rates == marked and read_config(tmp_path/'run')['rates'] == marked
-    assert 'learning rate to be found' in Comparison('digits', **settings).describe()
+    assert 'learning rate to be found' in Comparison('wine', **settings).describe()
 
 
 def test_no_learning_rate_where_the_loss_is_nan(tmp_path):

@@ -1,6 +1,7 @@
 "train: a folder that holds what it says, runs that survive, data that are told apart"
 import csv
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -80,11 +81,12 @@ def test_a_finished_run_is_not_done_again(tmp_path):
 @pytest.mark.processes
 def test_two_runs_cannot_share_a_folder_and_a_killed_one_can_be_resumed(tmp_path):
     out = tmp_path/'run'
-    args = ['train', 'digits', '--epochs', '30', '--out', str(out)]
+    args = ['train', 'digits', '--epochs', '12', '--out', str(out)]
     first = subprocess.Popen([*CLI, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     for _ in range(600):
         if (out/'metrics.csv').exists(): break
-        time.sleep(.1)
+        time.sleep(.02)
+    first.send_signal(signal.SIGSTOP) # it holds the folder for as long as the other takes
     second = subprocess.run([*CLI, *args, '--resume'], capture_output=True, text=True)
     first.kill()
     first.wait()
@@ -92,7 +94,7 @@ def test_two_runs_cannot_share_a_folder_and_a_killed_one_can_be_resumed(tmp_path
     assert second.returncode == 2 and 'in use by another run' in second.stderr and len(second.stderr.strip().splitlines()) == 1
     assert not (out/'summary.json').exists() and not (out/'learner.pkl').exists()
     assert main([*args, '--resume']) == 0 and load_learner(out/'learner.pkl').temperature > 0
-    assert train('digits', out=tmp_path/'whole', epochs=30) == json.loads((out/'summary.json').read_text())
+    assert train('digits', out=tmp_path/'whole', epochs=12) == json.loads((out/'summary.json').read_text())
 
 
 @pytest.mark.slow
