@@ -128,6 +128,7 @@ def quiet(threads=None):
     if threads is not None and threads < 1: raise ValueError(f"--threads must be at least 1, but got {threads}.")
     if threads is not None: os.environ['OMP_NUM_THREADS'] = str(threads) # read when torch is loaded, here and in processes that are started
     warnings.filterwarnings('ignore', message=IGNORED)
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:`torch.jit.script`:FutureWarning,ignore:The given NumPy array is not writable:UserWarning') # with --jobs
     warnings.formatwarning = lambda message, category, *args: f"{category.__name__.replace('UserWarning', 'note')}: {message}\n" # without the line of code
 
 def within(values, name, top, closed):

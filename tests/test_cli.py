@@ -9,7 +9,7 @@ import pytest
 
 from fastai_smooth import __version__
 from fastai_smooth.arguments import EMBEDDED
-from fastai_smooth.cli import COMMANDS, _parser, main, numbers, setting
+from fastai_smooth.cli import COMMANDS, _parser, main, numbers, quiet, setting
 from fastai_smooth.compare import Comparison
 from fastai_smooth.data import SOURCES, read_source
 from fastai_smooth.train import recipes, training
@@ -164,6 +164,17 @@ def test_usage_and_refusals_import_neither_torch_nor_fastai(args, code, words):
               "assert not {'torch', 'fastai', 'numpy', 'timm'} & set(sys.modules)\nassert '--version' not in args or time.process_time() < .5\nsys.exit(code)")
     done = subprocess.run([sys.executable, '-c', script, *args], capture_output=True, text=True)
     assert done.returncode == code and words in done.stdout+done.stderr, done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize('words, kind, shown', [('`torch.jit.script` is deprecated', 'FutureWarning', False), ('The given NumPy array is not writable', 'UserWarning', False),
+                                                ('the data', 'UserWarning', True)])
+def test_processes_of_several_jobs_do_not_repeat_what_nobody_can_act_on(words, kind, shown, monkeypatch):
+    monkeypatch.setenv('PYTHONWARNINGS', '')
+    monkeypatch.delenv('PYTHONWARNINGS')
+    quiet()
+    done = subprocess.run([sys.executable, '-c', f'import warnings; warnings.warn({words!r}, {kind})'], capture_output=True, text=True)
+    assert (words in done.stderr) == shown
 
 
 @pytest.mark.processes
