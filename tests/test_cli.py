@@ -167,8 +167,9 @@ def test_usage_and_refusals_import_neither_torch_nor_fastai(args, code, words):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize('words, kind, shown', [('`torch.jit.script` is deprecated', 'FutureWarning', False), ('The given NumPy array is not writable', 'UserWarning', False),
-                                                ('the data', 'UserWarning', True)])
+@pytest.mark.parametrize('words, kind, shown', [
+    ('`torch.jit.script` is deprecated', 'FutureWarning', False), ('The given NumPy array is not writable', 'UserWarning', False),
+    ('the data', 'UserWarning', True)])
 def test_processes_of_several_jobs_do_not_repeat_what_nobody_can_act_on(words, kind, shown, monkeypatch):
     monkeypatch.setenv('PYTHONWARNINGS', '')
     monkeypatch.delenv('PYTHONWARNINGS')
