@@ -14,17 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formulas import all_classes
-from ..targets import transforms_active
+from .formulas import all_classes, several_at_once
 
 # %% ../../nbs/21_kernels.cpu.ipynb #b2d9a4e4
-def several_at_once(
-    grad:Tensor # Incoming gradient
-)->bool: # True for a batch of gradients that looks like one
-    "Whether `torch.autograd.grad(..., is_grads_batched=True)` or a vmap asks for several gradients"
-    # torch has no public name for the first
-    return torch._C._functorch.is_legacy_batchedtensor(grad) or transforms_active()
-
 class LossWithGradient(torch.autograd.Function):
     "A loss whose gradient was computed with it"
     @staticmethod

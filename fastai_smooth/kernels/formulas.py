@@ -64,6 +64,19 @@ def in_transform(
     # torch has no public name for the level; asking each tensor takes a tenth of a small loss
     return forward_ad._current_level >= 0 and any([forward_ad.unpack_dual(x).tangent is not None for x in xs])
 
+def computes_itself(
+    x:Tensor # Any tensor
+)->bool: # True for the tensors of torch.export, fake and distributed ones, and logits that are not there yet
+    "Whether a tensor has a dispatch of its own, so that its memory is not to be touched"
+    return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+def several_at_once(
+    grad:Tensor # Incoming gradient
+)->bool: # True for a batch of gradients that looks like one
+    "Whether `torch.autograd.grad(..., is_grads_batched=True)` or a vmap asks for several gradients"
+    # torch has no public name for the first
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or transforms_active()
+
 def all_classes(
     index:Tensor, # Class indices whose values can be read, at least one
     n_classes:int, # Number of classes K

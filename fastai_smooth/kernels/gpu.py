@@ -18,7 +18,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .formulas import REDUCTIONS, cross_entropy_of_log_probs, in_single_precision, in_transform, log_softmax
+from .formulas import (REDUCTIONS, computes_itself, cross_entropy_of_log_probs, in_single_precision, in_transform, log_softmax,
+                                            several_at_once)
 from ..targets import MixedTarget, base_tensor, is_mixed, label_error
 
 # %% ../../nbs/22_kernels.gpu.ipynb #7dd9822c
@@ -88,7 +89,7 @@ def plan_of(shape, z, y, c, axis, m, itemsize)->Plan|None:
         positions = 2048//itemsize
     positions = min(positions, power_of_2(view.n_inner))
     n_blocks = -(-view.n_inner//positions)
-    wide = sum((n-1)*max(s, t) for n, s, t in zip(shape, z, y)) >= 2**31 # offsets need 64 bits
+    wide = max(math.prod(shape), sum((n-1)*max(s, t) for n, s, t in zip(shape, z, y))) >= 2**31 # offsets need 64 bits
     warps = min(16, max(4, positions*classes//512)) if view.class_axis else 4
     options = dict(M=m, P=positions, C=classes, SINGLE=view.single, AXIS=view.class_axis, WIDE=wide, num_warps=warps)
     return Plan(view, n_blocks, n_blocks*(n_positions//view.n_inner), n_positions, m, options)
@@ -104,26 +105,32 @@ class LabelReport:
     def __init__(self,
         device:torch.device # Device of the logits
     ):
-        self.device, self.words = device, torch.zeros(2, dtype=torch.int64, pin_memory=device.type == 'cuda') # number of the call, label
+        self.device, self.words = device, torch.zeros(2, dtype=torch.int64, device='cpu', pin_memory=device.type == 'cuda') # number of the call, label
         self.view, self.n = self.words.numpy(), 0
         self.calls:list = [None]*256
+        self.captured:dict = {} # calls in CUDA graphs, which keep their number when they are replayed
+
+    def in_capture(self)->bool:
+        "Whether a CUDA graph is being captured, in which nothing may wait"
+        return self.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
 
     def new_call(self,
         *about # Shape of the labels, number of classes and ignored label
     )->int: # A positive number
         "Number a call, so that an error can say what it was about"
         self.n = self.n % (2**31-1) + 1
-        self.calls[self.n % len(self.calls)] = about
+        if self.in_capture(): self.captured[self.n] = about
+        else: self.calls[self.n % len(self.calls)] = about
         return self.n
 
     def check(self):
         "Raise the ValueError of a label that was noted"
-        if not self.view[0]: return
+        if not self.view[0] or self.in_capture(): return
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device) # until both words are written
         call, label = map(int, self.view)
         self.view[:] = 0
-        shape, n_classes, ignore_index = self.calls[call % len(self.calls)]
-        raise label_error(torch.tensor(label).expand(shape), n_classes, ignore_index)
+        shape, n_classes, ignore_index = self.captured.get(call) or self.calls[call % len(self.calls)]
+        raise label_error(torch.tensor(label, device='cpu').expand(shape), n_classes, ignore_index)
 
 REPORTS:dict = {}
 
@@ -139,7 +146,7 @@ def check_reported_labels(
 ):
     "Raise the ValueError of a label outside the classes that a kernel has met. Waits for nothing"
     for d, report in list(REPORTS.items()):
-        if device is None or d == torch.device(device): report.check()
+        if device is None or d.type == torch.device(device).type and torch.device(device).index in (None, d.index): report.check()
 
 # %% ../../nbs/22_kernels.gpu.ipynb #d0567995
 def on_device_of(f):
@@ -199,6 +206,11 @@ def formula_of(logits, y, coefficient, eps, weight, by_example, ignore_index, ax
     log_probs = log_softmax(in_single_precision(logits), y, axis, ignore_index)
     return cross_entropy_of_log_probs(log_probs, y, eps, axis, weight, 'example' if by_example else 'class', ignore_index, reduction)
 
+def gradient_of_formula(formula, logits, grad, request)->Tensor:
+    "The gradient where it is to be differentiated in its turn, or where several are asked for at once"
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(): return torch.autograd.grad(formula(logits, *request), logits, grad, create_graph=again)[0]
+
 class SoftmaxLoss(torch.autograd.Function):
     "Smoothed cross entropy by the Triton kernels"
     @staticmethod
@@ -213,8 +225,7 @@ class SoftmaxLoss(torch.autograd.Function):
     def backward(ctx, grad):
         logits, y, coefficient, weight, stats, result, eps = ctx.saved_tensors
         request = y, coefficient, ctx.eps if eps is None else eps, weight, *ctx.options
-        if torch.is_grad_enabled(): # the gradient is to be differentiated in its turn
-            g = torch.autograd.grad(formula_of(logits, *request), logits, grad, create_graph=True)[0]
+        if torch.is_grad_enabled() or several_at_once(grad): g = gradient_of_formula(formula_of, logits, grad, request)
         else: g = launch_backward(logits, grad, *request, stats, result)
         return g, *[None]*(len(request))
 
@@ -272,7 +283,7 @@ def softmax_fits(
 )->bool: # Whether the kernels can compute this
     "What the kernels can do, whatever the device"
     if logits.dtype not in HALF_OR_SINGLE or not logits.numel() or logits.ndim == 0: return False
-    if not torch.compiler.is_compiling() and in_transform(logits): return False
+    if not torch.compiler.is_compiling() and (in_transform(logits) or computes_itself(logits)): return False
     if reduction not in REDUCTIONS or weight_by not in ('class', 'example'): return False
     shape, n_classes = logits.shape, logits.shape[axis]
     if weight is not None and not is_vector(weight, n_classes): return False
@@ -291,18 +302,21 @@ AVAILABLE:dict = {}
 
 def try_kernels(device:torch.device):
     "Run the kernels on two rows. Anything wrong with them: an error"
-    report, z = LabelReport(device), torch.tensor([[0., math.log(2.), 0.], [5., 0., 0.]], device=device)
+    report, mode = LabelReport(device), torch.cuda.get_sync_debug_mode() if device.type == 'cuda' else 0
+    z = torch.tensor([[0., math.log(2.), 0.], [5., 0., 0.]], dtype=torch.float32, device=device)
     before = REPORTS.get(device)
     REPORTS[device] = report
     try:
+        if mode: torch.cuda.set_sync_debug_mode(0) # this trial has to wait
         request = torch.tensor([[1], [3]], device=device), None, 0., None, False, -100, 1, 'mean'
         loss, stats, result = launch_forward(z, *request, False)
-        g = launch_backward(z, torch.ones((), device=device), *request, stats, result)
+        g = launch_backward(z, torch.ones((), dtype=torch.float32, device=device), *request, stats, result)
         found = [loss.item(), *g.flatten().tolist()]
         if not all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(found, [math.log(2.), .25, -.5, .25, 0., 0., 0.])):
             raise ArithmeticError(f"a loss and its gradient came out as {found}")
         if report.view.tolist() != [1, 3]: raise ArithmeticError(f"a wrong label was noted as {report.view.tolist()}")
     finally:
+        if mode: torch.cuda.set_sync_debug_mode(mode)
         if before is None: del REPORTS[device]
         else: REPORTS[device] = before
 
@@ -312,7 +326,8 @@ def kernels_work(
 )->bool: # False also while a graph is being captured, if they have not been tried yet
     "Whether the kernels compile and compute on a GPU. Tried once; a warning says why not"
     if index not in AVAILABLE:
-        if torch.cuda.is_current_stream_capturing(): return False
+        # neither in a graph nor with tensors that have no values, as torch.export makes them, can anything be tried
+        if torch.cuda.is_current_stream_capturing() or type(torch.empty(0, device='cpu')) is not Tensor: return False
         try: AVAILABLE[index] = importlib.util.find_spec('triton') is not None and try_kernels(torch.device('cuda', index)) is None
         except Exception as e: # whatever a compiler, a driver or a card may say
             AVAILABLE[index] = False
@@ -346,7 +361,7 @@ def gpu_cross_entropy(
         if not y.is_floating_point() and (y.ndim < logits.ndim or y.shape[axis] != 1 or y.ndim == 1):
             y = y.reshape(logits.shape[:axis] + logits.shape[axis+1:]).unsqueeze(axis)
     if isinstance(eps, Tensor): eps = base_tensor(eps).to(logits.device, non_blocking=True).contiguous()
-    elif compiling: eps = torch.ones((), device=logits.device)*eps
+    elif compiling: eps = torch.ones((), dtype=torch.float32, device=logits.device)*eps
     if weight is not None: weight = base_tensor(weight).to(logits.device, non_blocking=True).contiguous()
     find = view_of if compiling else cached_view
     seen = lambda: find(logits.shape, logits.stride(), y.stride(), None if coefficient is None else coefficient.stride(), axis)

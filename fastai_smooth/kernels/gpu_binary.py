@@ -17,8 +17,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .formulas import REDUCTIONS, binary_cross_entropy_of_logits, in_single_precision, in_transform
-from .gpu import HALF_OR_SINGLE, collapse, kernels_work, on_device_of, report_of
+from .formulas import (REDUCTIONS, binary_cross_entropy_of_logits, computes_itself, in_single_precision, in_transform,
+                                            several_at_once)
+from .gpu import HALF_OR_SINGLE, collapse, gradient_of_formula, kernels_work, on_device_of, report_of
 from ..targets import base_tensor
 
 # %% ../../nbs/22a_kernels.gpu_binary.ipynb #9cd54a36
@@ -80,7 +81,7 @@ def launch_binary_forward(logits, y, weight, pos_weight, off, on, axis, reductio
     programs, mean = -(-n//SIZE), reduction != 'sum' and not none
     empty = lambda *size: torch.empty(size, dtype=torch.float32, device=logits.device)
     loss = torch.empty_strided(logits.shape, logits.stride(), dtype=torch.float32, device=logits.device) if none else empty()
-    result, sums, given = torch.zeros(1, device=logits.device) if none else empty(1), None, None
+    result, sums, given = torch.zeros(1, dtype=torch.float32, device=logits.device) if none else empty(1), None, None
     if not none and programs > 1: sums = empty(2*programs)
     if reduction == 'classes': given = ((y == y).any(axis) if index is None else y != -100).sum().float()
     report = report_of(logits.device)
@@ -127,7 +128,7 @@ class BinaryLoss(torch.autograd.Function):
     def backward(ctx, grad):
         logits, result, *tensors = ctx.saved_tensors
         request = [value if t is None else t for t, value in zip(tensors, ctx.request)]
-        if torch.is_grad_enabled(): g = torch.autograd.grad(binary_formula(logits, *request), logits, grad, create_graph=True)[0]
+        if torch.is_grad_enabled() or several_at_once(grad): g = gradient_of_formula(binary_formula, logits, grad, request)
         else: g = launch_binary_backward(logits, grad, *request, result)
         return g, *[None]*len(request)
 
@@ -187,7 +188,7 @@ def binary_fits(
 )->bool: # Whether the kernels can compute this
     "What the kernels can do, whatever the device"
     if logits.dtype not in HALF_OR_SINGLE or not logits.numel() or not logits.ndim or reduction not in (*REDUCTIONS, 'classes'): return False
-    if not torch.compiler.is_compiling() and in_transform(logits): return False
+    if not torch.compiler.is_compiling() and (in_transform(logits) or computes_itself(logits)): return False
     shape = logits.shape
     if not isinstance(target, Tensor) or target.device != logits.device or target.is_complex() or target.requires_grad: return False
     y = as_entries(target, shape, axis)
@@ -228,7 +229,7 @@ def gpu_binary_cross_entropy(
     y = as_entries(base_tensor(target), logits.shape, axis)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
-        levels = [t if isinstance(t, Tensor) else torch.ones((), device=logits.device)*t for t in levels]
+        levels = [t if isinstance(t, Tensor) else torch.ones((), dtype=torch.float32, device=logits.device)*t for t in levels]
         return binary_loss(logits, y, weight, pos_weight, *levels, axis, reduction)[0]
     report_of(logits.device).check()
     request = y, weight, pos_weight, *(t if isinstance(t, Tensor) else float(t) for t in levels), axis, reduction

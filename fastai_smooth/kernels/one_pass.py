@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from .cpu import SMALL, has_values, in_blocks, inner, mass_of, number, over_rows, with_gradient
-from .formulas import entries, kept_entries
+from .formulas import computes_itself, entries, kept_entries
 from .paths import path_of
 
 # %% ../../nbs/23a_kernels.one_pass.ipynb #9054f2ae
 def takes_formula(logits, index, values):
     "Whether the formula has to do: in a transform, without logits, for logits that are not there yet, for a target with a gradient"
-    own = type(logits).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return own or logits.ndim < 2 or path_of(logits, index, values, True, True) == 'formula'
+    return computes_itself(logits) or logits.ndim < 2 or path_of(logits, index, values, True, True) == 'formula'
 
 def target_of(logits, target, axis, ignore_index):
     "A target as `entries` that can be looked up. None where the formula has to do"

@@ -240,7 +240,8 @@ class LabelRelaxation(SoftmaxLoss):
         "Relaxed loss. Shapes or labels that do not fit: ValueError"
         axis,logits = check_axis(pred, self.axis),in_single_precision(pred)
         log_p = log_softmax(logits, target, axis, self.ignore_index)
-        alpha = torch.as_tensor(per_class(self.eps, log_p, axis), dtype=log_p.dtype, device=log_p.device)
+        given = per_class(self.eps, log_p, axis)
+        alpha = given.to(log_p) if isinstance(given, Tensor) else log_p.new_full((), given) # which no copy from the host makes
         alpha = alpha.clamp(max=1-torch.finfo(log_p.dtype).eps) # 1 asks for nothing
         log_p = torch.minimum(log_p, (-alpha).log1p()) # from there on nothing is to be gained
         cost = (1-alpha)*((-alpha).log1p()-log_p) + torch.xlogy(alpha, alpha) - alpha*(-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny).log()

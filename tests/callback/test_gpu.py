@@ -43,7 +43,7 @@ def test_a_label_outside_the_classes_on_a_gpu(batch, mixers):
         def before_batch(self):
             if self.iter == batch: self.learn.yb = (self.y.clone().fill_(K+3),)
     learn.add_cb(Spoil())
-    with pytest.raises(ValueError, match=f'Label {K+3} in a target'): fit(learn, 1)
+    with pytest.raises(ValueError, match=f'Label {K+3} is outside'): fit(learn, 1)
     assert learn.loss_func is loss and learn.steps.n <= batch+1
     learn.remove_cb(Spoil)
     learn.model = make_learner('index').model.cuda()

@@ -41,7 +41,8 @@ def test_masks_wait_for_nothing():
 
 def test_the_mode_refuses_what_it_is_for():
     x = torch.empty(3, device='meta')
-    for bad in (lambda: x.nonzero(), lambda: x.double(), lambda: torch.ones(3).to('meta'), lambda: x[torch.empty(3, dtype=torch.bool, device='meta')]):
+    for bad in (lambda: x.nonzero(), lambda: x.double(), lambda: torch.ones(3).to('meta'), lambda: torch.ones(()).to('meta'),
+                lambda: torch.as_tensor(.1, device='meta'), lambda: x[torch.empty(3, dtype=torch.bool, device='meta')]):
         # the mode says AssertionError; torch itself has no such operation on the meta device and says one of the others
         with pytest.raises((AssertionError, NotImplementedError, RuntimeError)), Gpu(): bad()
 

@@ -1,5 +1,7 @@
 "The benchmark of the GPU kernels, tried on a CPU: what it times is right, and it says which bounds were missed"
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 from benchmarks import gpu as benchmark
@@ -25,7 +27,28 @@ def test_bounds():
     assert benchmark.missed(small) == []
 
 
-def test_no_figure_without_a_gpu(monkeypatch, capsys):
+def test_a_method_that_fails_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    def broken(*args, **kwargs): raise RuntimeError('no kernel image')
+    monkeypatch.setattr(benchmark.timm.loss.SoftTargetCrossEntropy, 'forward', broken)
+    case, = benchmark.main(['--device', 'cpu', '--only', 'fp32 dense 256', '--out', str(tmp_path/'figures.json')])
+    assert case['failed'] == {'timm': 'RuntimeError: no kernel image'} and 'timm' not in case['seconds'] and case['seconds']['ours'] > 0
+    assert 'fp32 dense 256×1000, timm left out: RuntimeError: no kernel image' in capsys.readouterr().out
+
+
+def test_what_is_measured_is_written_before_the_next_case(tmp_path, monkeypatch):
+    run = benchmark.run_case
+
+    def second_breaks(name, *args):
+        if 'bf16' in name: raise RuntimeError('out of memory')
+        return run(name, *args)
+    monkeypatch.setattr(benchmark, 'run_case', second_breaks)
+    with pytest.raises(RuntimeError, match='out of memory'): benchmark.main(['--device', 'cpu', '--only', 'index 64', '--out', str(tmp_path/'figures.json')])
+    assert [c['case'] for c in json.loads((tmp_path/'figures.json').read_text())['cases']] == ['fp32 index 64×10']
+
+
+@pytest.mark.parametrize('script', ('gpu', 'gpu_learner'))
+def test_no_figure_without_a_gpu(script, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(benchmark.__file__).parent)) # as where a script is started
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
-    with pytest.raises(SystemExit) as stop: benchmark.main([])
+    with pytest.raises(SystemExit) as stop: importlib.import_module(script).main([])
     assert stop.value.code == 1 and 'nothing was measured' in capsys.readouterr().err

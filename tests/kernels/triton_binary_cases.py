@@ -150,6 +150,15 @@ def test_double_backward():
         torch.testing.assert_close(*hessians)
 
 
+@pytest.mark.parametrize('reduction', ('mean', 'none'))
+def test_several_gradients_at_once(reduction):
+    z, q = logits(3, 5).requires_grad_(), torch.rand(3, 5).to(DEVICE)
+    up = torch.rand(4, *(() if reduction == 'mean' else z.shape), device=DEVICE)
+    together, = torch.autograd.grad(loss_of(z, q, reduction=reduction), z, up, is_grads_batched=True)
+    formula = binary_cross_entropy_of_logits(z, q, None, None, reduction, .05, .95)
+    torch.testing.assert_close(together, torch.stack([torch.autograd.grad(formula, z, u, retain_graph=True)[0] for u in up]))
+
+
 def test_compiled_in_one_graph():
     torch.compiler.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend('aot_eager')

@@ -283,6 +283,17 @@ def test_double_backward():
     torch.testing.assert_close(*hessians)
 
 
+@pytest.mark.parametrize('reduction', ('mean', 'none'))
+def test_several_gradients_at_once(reduction):
+    z, y = logits(3, 5).requires_grad_(), labels(5, 3)
+    up = torch.rand(4, *(() if reduction == 'mean' else (3,)), device=DEVICE)
+    together, = torch.autograd.grad(loss_of(z, y, reduction=reduction), z, up, is_grads_batched=True)
+    one = [torch.autograd.grad(smooth_cross_entropy_reference(z, y, reduction=reduction), z, u)[0] for u in up]
+    torch.testing.assert_close(together, torch.stack(one))
+    rows = torch.autograd.functional.jacobian(lambda x: loss_of(x, y, reduction='none'), z.detach(), vectorize=True)
+    torch.testing.assert_close(rows, torch.autograd.functional.jacobian(lambda x: smooth_cross_entropy_reference(x, y, reduction='none'), z.detach()))
+
+
 def test_edits_in_place_are_noticed():
     z, q = logits(3, 5).requires_grad_(), torch.rand(3, 5).to(DEVICE)
     loss = loss_of(z, q)
@@ -353,6 +364,56 @@ def test_kernels_are_tried_once(monkeypatch):
     assert not gpu.kernels_work(0) and len(calls) == 1
 
 
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float64))
+def test_the_trial_and_compiled_losses_do_not_depend_on_defaults(dtype, kernels_chosen, monkeypatch):
+    z, y = logits(4, 5), labels(5, 4)
+    before, plain = torch.get_default_dtype(), loss_of(z, y)
+    monkeypatch.setattr(paths, 'gpu_cross_entropy', gpu.gpu_cross_entropy)
+    try:
+        torch.set_default_dtype(dtype)
+        gpu.try_kernels(DEVICE)
+        torch.compiler.reset()
+        loss = LabelSmoothingCrossEntropy(.1)
+        torch.testing.assert_close(torch.compile(lambda z, y: loss(z, y), fullgraph=True, backend='aot_eager')(z, y), plain)
+    finally:
+        torch.set_default_dtype(before)
+        torch.compiler.reset()
+    with torch.device('meta'): gpu.try_kernels(DEVICE)  # stands for a default that is not the host
+
+
+def test_tensors_without_values_try_no_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(gpu, 'AVAILABLE', {})
+    with torch._subclasses.FakeTensorMode() as mode:
+        z, y = mode.from_tensor(logits(3, 5)), mode.from_tensor(labels(5, 3))
+        assert not gpu.kernels_work(0) and not gpu.AVAILABLE
+    assert not gpu.softmax_fits(z, y, .1, 1, None, 'class', 'mean') and not gpu_binary.binary_fits(z, y, None, None, 'mean', 0., 1., 1)
+
+
+def test_a_captured_call_keeps_its_number(monkeypatch):
+    "As a CUDA graph replays it, long after its place in the list was taken"
+    report = gpu.LabelReport(DEVICE)
+    monkeypatch.setattr(gpu.LabelReport, 'in_capture', lambda self: captured)
+    captured = True
+    call = report.new_call((3,), 5, -100)
+    report.view[:] = call, 7
+    report.check()  # nothing may wait in a capture
+    captured = False
+    for _ in range(300): report.new_call((4,), 9, -100)
+    with pytest.raises(ValueError, match=r"Label 7 is outside \[0, 5\).*of shape \(3,\)"): report.check()
+
+
+@pytest.mark.parametrize('name, asked', (('cpu', True), ('cpu:0', False), ('meta', False)))
+def test_reports_are_asked_by_device(name, asked, monkeypatch):
+    "'cuda' means every card, 'cuda:0' one; 'cpu' stands for them"
+    report = gpu.LabelReport(torch.device('cpu'))
+    monkeypatch.setattr(gpu, 'REPORTS', {torch.device('cpu', 1 if name == 'cpu:0' else None): report})
+    monkeypatch.setattr(report, 'check', lambda: found.append(1))
+    found = []
+    gpu.check_reported_labels(name)
+    assert bool(found) == asked
+
+
 @pytest.fixture
 def kernels_chosen(monkeypatch):
     "Let the losses take the kernels also in the interpreter. A list that counts how often they did"
@@ -412,8 +473,9 @@ def test_a_label_outside_reaches_the_user_of_a_loss(kernels_chosen):
 @pytest.mark.skipif(DEVICE.type != 'cuda', reason="needs a GPU")
 def test_the_host_does_not_wait():
     z, y, w = logits(64, 10).requires_grad_(), labels(10, 64, ignored=.1), torch.rand(10).to(DEVICE)
+    targets = y, torch.rand(64, 10, device=DEVICE), mixture(10, 64, 2)  # which wait for their copies
     loss_of(z, y, weight=w).backward()
     torch.cuda.set_sync_debug_mode('error')
     try:
-        for target in (y, torch.rand(64, 10, device=DEVICE), mixture(10, 64, 2)): loss_of(z, target, weight=w).backward()
+        for target in targets: loss_of(z, target, weight=w).backward()
     finally: torch.cuda.set_sync_debug_mode('default')

@@ -37,7 +37,8 @@ BINARY = [LabelSmoothingBCE(.1), LabelSmoothingBCE(EACH, EACH, pos_weight=EACH),
 SOFTMAX = [CE(.1), CE(EACH), CE(.1, EACH), CE(EACH, EACH, weight_by='example', convention='others'),
            CE(EACH, dist=ClassPrior([1, 2, 3, 4])), CE(.1, dist=Zipf()),
            CE(.1, dist=Taxonomy(['x/a', 'x/b', 'y/c', 'z'])), LabelSmoothingNLL(EACH), LabelSmoothingFocal(EACH), LabelSmoothingFocal(.1),
-           LabelRelaxation(EACH), LabelSmoothingDice(EACH), *(LogitPenalty(CE(.1), kind) for kind in ('margin', 'maxsup', 'confidence')),
+           LabelRelaxation(EACH), LabelRelaxation(.1), LabelSmoothingNLL(.1), LabelSmoothingDice(EACH),
+           *(LogitPenalty(CE(.1), kind) for kind in ('margin', 'maxsup', 'confidence')),
            LabelSmoothingDice(.1, square_in_union=True), CombinedLoss(LabelSmoothingDice(.1), CE(.1))]
 
 
