@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .methods import each_method, parse_method
+from .method_names import each_method, parse_method
 from .run_folder import check_elsewhere
 
 # %% ../nbs/71a_arguments.ipynb #5611bff9

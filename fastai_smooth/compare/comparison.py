@@ -37,8 +37,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..calibration import Predictions
-from .callbacks import method_callbacks
-from ..methods import parse_method
+from .methods import method_callbacks
+from ..method_names import parse_method
 from .page import write_report
 from .pictures import plot_reliability, png_of
 from .question import Question

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback, CancelFitException
 from matplotlib.figure import Figure
 
 from ..calibration import CalibrationInterpretation, Predictions
-from ..methods import parse_method
+from ..method_names import parse_method
 from .scores import after_temperature, predictions_of
 from ..targets import smooth_binary, smooth_labels
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..arguments import DEFAULT, EPOCHS, LEARNING_RATES, VOTED, Arguments
-from .callbacks import taxonomy_of
+from .methods import taxonomy_of
 from .verdict import count
 from ..data import NETWORKS, batch_size_for, network_for, read_source, transition_matrix
 from ..run_folder import RunFolder

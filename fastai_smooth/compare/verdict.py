@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
-from ..methods import parse_method
+from ..method_names import parse_method
 from .scores import METRICS
 
 # %% ../../nbs/73_compare.verdict.ipynb #4366902b

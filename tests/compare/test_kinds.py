@@ -12,7 +12,7 @@ from users_files import write_masks, write_texts
 from fastai_smooth.cli import main
 from fastai_smooth.compare import Comparison, method_callbacks, read_method
 from fastai_smooth.compare.comparison import PIXELS, pixels_of
-from fastai_smooth.methods import KINDS, MIXERS, SMOOTH
+from fastai_smooth.method_names import KINDS, MIXERS, SMOOTH
 
 pytestmark = pytest.mark.filterwarnings('ignore:The temperature', 'ignore:.*not writable')
 
