@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -308,14 +309,15 @@ def test_jobs_give_the_same_figures(tmp_path, one_thread):
 @pytest.mark.processes
 def test_killed_and_resumed_is_the_same_as_uninterrupted(tmp_path, one_thread):
     "kill -9 in the middle; meanwhile nobody else may use the folder"
-    args = ['iris', '--epochs', '3', '--seeds', '8', '--methods', 'ce,ls', '--out']
+    args = ['iris', '--epochs', '3', '--seeds', '4', '--methods', 'ce,ls', '--out']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     run = subprocess.Popen([*CLI, *args, str(tmp_path/'killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     for _ in range(3000):
         if list(tmp_path.glob('killed/predictions/*.npz')): break
-        time.sleep(.1)
+        time.sleep(.02)
+    run.send_signal(signal.SIGSTOP) # so that it is not done before the next line is
     with pytest.raises(ValueError, match='in use by another run'):
-        with Comparison('iris', ('ce', 'ls'), epochs=3, seeds=8, out=tmp_path/'killed', resume=True)._folder.claim(): pass
+        with Comparison('iris', ('ce', 'ls'), epochs=3, seeds=4, out=tmp_path/'killed', resume=True)._folder.claim(): pass
     run.kill()
     run.wait()
     assert not (tmp_path/'killed'/'summary.json').exists()

@@ -81,7 +81,7 @@ def test_resnet_strikes_back_scaled_down_learns(tmp_path):
     "On real digits: LAMB, one of MixUp and CutMix, binary cross entropy with a threshold, RandAugment, repeated augmentation"
     write_digits(tmp_path, 600)
     r = recipe('a1')
-    changes = dict(arch='resnet10t', epochs=12, warmup_epochs=1, bs=20, size=32, test_size=32, mixup=.1, magnitude=2, drop_path=0., lr=1e-2)
+    changes = dict(arch='resnet10t', epochs=8, warmup_epochs=1, bs=20, size=32, test_size=32, mixup=.1, magnitude=2, drop_path=0., lr=1e-2)
     set_seed(0, reproducible=True)
     learn = quiet(r.learner(r.dls(tmp_path, **changes), **changes))
 
