@@ -9,8 +9,10 @@ __all__ = ['check_data', 'Arguments', 'check_used']
 
 # %% ../nbs/71a_arguments.ipynb #a85a0758
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,15 +41,19 @@ def parse_pairs(
 )->dict|None: # {class: class that it is mistaken for}
     "Read pairs of classes by number. What is no such list: ValueError"
     if text is None: return None
-    try: pairs = {int(a): int(b) for a, b in (p.split(':') for p in text.split(','))}
-    except ValueError: raise ValueError(f"pairs must be class numbers such as 4:9,9:4, but got {text!r}.") from None
+    if not re.fullmatch(r'[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*', text): raise ValueError(f"pairs must be class numbers such as 4:9,9:4, but got {text!r}.")
+    pairs = {int(a): int(b) for a, b in (p.split(':') for p in text.split(','))}
     same = next((a for a, b in pairs.items() if a == b), None)
     if same is not None: raise ValueError(f"pairs must confuse a class with another one, but got {same}:{same}.")
     return pairs
 
+def default_methods(kind, voted=False):
+    "The methods where nobody names any: of texts and tables those that do not mix"
+    return VOTED if voted else DEFAULT if kind in ('images', 'masks') else DEFAULT[:2]
+
 def several_of(value, name):
     "One number or several, as a list. None of them: ValueError"
-    values = [value] if isinstance(value, (int, float)) else list(value)
+    values = [value] if isinstance(value, Real) else list(value)
     if not values: raise ValueError(f"{name} is empty: name at least one number, such as .1.")
     return values
 
@@ -95,6 +101,7 @@ class Arguments:
 
     def __post_init__(self):
         self.data = str(self.data)
+        if self.methods is not None: self.methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods)
         check_data(self.data, delimiter=self.delimiter, target=self.target, votes=self.votes, labels=self.labels)
         self.eps_values,self.noise_rates = several_of(self.eps, 'eps'),several_of(self.noise, 'noise')
         for m, eps, noise in itertools.product(self.methods or DEFAULT, self.eps_values, self.noise_rates): parse_method(m, eps, noise)
@@ -102,8 +109,11 @@ class Arguments:
         self._check_numbers()
         if self.weights is not None and not Path(self.weights).is_file(): raise ValueError(f"--weights {self.weights} is no file: name one with a state dict.")
         if self.out is not None: check_elsewhere(self.out, self.data)
-        if self.data in EMBEDDED: self._check_kind(EMBEDDED[self.data].kind)
-        if self.methods is not None: self._check_asked(self.asked(self.methods))
+        names = self.methods
+        if self.data in EMBEDDED:
+            self._check_kind(EMBEDDED[self.data].kind)
+            if names is None: names = default_methods(EMBEDDED[self.data].kind)
+        if names is not None: self._check_asked(self.asked(names))
 
     def asked(self,
         names:Sequence[str] # Of methods
@@ -114,7 +124,8 @@ class Arguments:
     def _check_asked(self, methods):
         "There are some, none is named twice, and those of an embedded set fit it"
         if not methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
-        if len({m.key for m in methods}) < len(methods): raise ValueError(f"A method is named twice in {','.join(m.name for m in methods)}.")
+        if min(len({m.key for m in methods}), len({m.name for m in methods})) < len(methods): # or two strengths that are written alike
+            raise ValueError(f"A method is named twice in {','.join(m.name for m in methods)}.")
         if self.data in EMBEDDED:
             for m in methods: m.check(EMBEDDED[self.data].kind, EMBEDDED[self.data].several)
 
@@ -140,10 +151,13 @@ def check_used(
     "Refuse an option that nothing would feel: ValueError"
     names = DEFAULT if asked.methods is None else asked.methods
     methods,named = [parse_method(n) for n in names],','.join(names)
-    if asked.eps_values != [.1] and not any(m.smoothing and not m.own_eps for m in methods):
-        raise ValueError(f"--eps {asked.eps} is for methods that smooth and name no strength of their own, unlike {named}.")
-    if asked.noise_rates != [0.] and all(m.own_noise for m in methods):
-        raise ValueError(f"--noise {asked.noise} is for methods that name no label noise of their own, unlike {named}.")
+    said = lambda values: ','.join(f'{v:g}' for v in values)
+    smooth = [m for m in methods if m.smoothing]
+    # a value that some method carries is how a report says what it was made with
+    if asked.eps_values != [.1] and all(m.own_eps for m in smooth) and not {*asked.eps_values} <= {m.eps for m in smooth}:
+        raise ValueError(f"--eps {said(asked.eps_values)} is for methods that smooth and name no strength of their own, unlike {named}.")
+    if asked.noise_rates != [0.] and all(m.own_noise for m in methods) and not {*asked.noise_rates} <= {m.noise for m in methods}:
+        raise ValueError(f"--noise {said(asked.noise_rates)} is for methods that name no label noise of their own, unlike {named}.")
     if asked.pairs and not any(asked.noise_rates) and not any(m.noise for m in methods):
         raise ValueError(f"--pairs {asked.pairs} is for label noise: say how much, as in --noise .2.")
     if asked.valid_pct != .2 and asked.data in EMBEDDED and EMBEDDED[asked.data].split:

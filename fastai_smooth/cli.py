@@ -6,8 +6,8 @@ Docs: https://fastai-smooth.github.io/fastai_smooth/cli.html.md"""
 
 # %% auto #0
 __all__ = ['SHOWN', 'DATA', 'IGNORED', 'PACKAGES', 'COMMANDS', 'say', 'refused', 'truth', 'setting', 'numbers', 'rate',
-           'whole_numbers', 'names', 'add_options', 'add_settings', 'new_folder', 'noted', 'quiet', 'within', 'compare',
-           'shown', 'train', 'labels', 'calibrate', 'list_recipes', 'version_of', 'doctor', 'prepared', 'main']
+           'whole_numbers', 'names', 'add_options', 'add_settings', 'new_folder', 'noted', 'quiet', 'compare', 'shown',
+           'train', 'labels', 'calibrate', 'list_recipes', 'version_of', 'doctor', 'prepared', 'main']
 
 # %% ../nbs/90_cli.ipynb #539062d0
 import argparse
@@ -131,11 +131,6 @@ def quiet(threads=None):
     os.environ.setdefault('PYTHONWARNINGS', 'ignore:`torch.jit.script`:FutureWarning,ignore:The given NumPy array is not writable:UserWarning') # with --jobs
     warnings.formatwarning = lambda message, category, *args: f"{category.__name__.replace('UserWarning', 'note')}: {message}\n" # without the line of code
 
-def within(values, name, top, closed):
-    "Numbers from 0 to `top`. One outside: ValueError"
-    for v in values if isinstance(values, list) else [values]:
-        if not (0 <= v < top or closed and v == top): raise ValueError(f"{name} must lie in [0, {top}{']' if closed else ')'}, but got {v}.")
-
 # %% ../nbs/90_cli.ipynb #283c2bfb
 def compare(
     data:str='digits', # What to compare on, see below
@@ -168,7 +163,8 @@ def compare(
     "Methods side by side over seeds, before and after temperature scaling: does smoothing help on your data?"
     arguments = {k: v for k, v in locals().items() if k not in ('threads', 'out', 'resume')}
     asked = {**arguments, 'weights': weights and str(weights)}
-    check_used(Arguments(**asked, out=out, resume=resume)) # before anything is loaded
+    checked = Arguments(**asked, out=out, resume=resume) # before anything is loaded
+    if not resume: check_used(checked) # a run that goes on may hold what it no longer needs
     if out is not None: RunFolder(out, {}, resume=True) # whatever runs there: what else it may be is refused at once
     quiet(threads)
     from fastai_smooth.compare import Comparison, table
@@ -242,7 +238,7 @@ def labels(
     how = {n: v for n, v in locals().items() if n not in ('out', 'mix', 'threads')}
     for name, v, low in (('k', k, 2), ('epochs', epochs, 1), ('bs', bs, 2), ('size', size, 8)):
         if v is not None and v < low: raise ValueError(f"--{name} must be at least {low}, but got {v}.")
-    if mix is not None: within(mix, '--mix', 1, True)
+    if mix is not None and not 0 <= mix <= 1: raise ValueError(f"--mix must lie in [0, 1], but got {mix}.")
     if lr is not None and not lr > 0: raise ValueError(f"--lr must be above 0, but got {lr}.")
     check_data(data, delimiter=delimiter, target=target)
     if out.exists(): raise ValueError(f"--out {out} is there already: name another file.")

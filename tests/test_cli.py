@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastai_smooth import __version__
-from fastai_smooth.arguments import EMBEDDED
+from fastai_smooth.arguments import EMBEDDED, Arguments, check_used
 from fastai_smooth.cli import COMMANDS, _parser, main, numbers, quiet, setting
 from fastai_smooth.compare import Comparison
 from fastai_smooth.data import SOURCES, read_source
@@ -96,6 +97,8 @@ def test_what_is_known_of_embedded_sets_without_loading_them(name):
     (['iris', '--size', '32'], 'iris holds rows'), (['--ignore', '255'], '--ignore is for masks'), (['--methods', 'ce,votes'], 'needs votes'),
     (['--methods', 'ce,mixup', '--eps', '.3'], 'is for methods that smooth'), (['--methods', 'ce,ls@.1', '--eps', '.2,.3'], 'is for methods that smooth'),
     (['--methods', 'ce~.1', '--noise', '.3'], 'name no label noise of their own'), (['--pairs', '4:9'], 'say how much'),
+    (['--pairs=-1:2', '--noise', '.2'], 'pairs must be class numbers'), (['iris', '--eps', '.2,.2'], 'named twice in ce,ls@0.2,ls@0.2'),
+    (['multi_digits', '--noise', '.2'], 'noise puts'), (['--methods', 'ls@.1', '--eps', '.2,.3'], '--eps 0.2,0.3 is for'),
     (['--seeds', '0'], 'seeds must be at least 1'),
     (['--seed0', '-1'], 'seed0 must be at least 0'), (['--pairs', '4', '--noise', '.2'], 'pairs must be class numbers'),
     (['--pairs', '1:2,4:4', '--noise', '.2'], 'a class with another one'), (['--weights', 'none.pth'], '--weights none.pth is no file'),
@@ -108,6 +111,30 @@ def test_compare_refuses_at_once(args, words, capsys, monkeypatch, tmp_path):
     assert main(['compare', *args]) == 2
     err = capsys.readouterr().err
     assert words in err and len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('eps, noise, pairs', [([.2, .3], 0., None), (.1, [.2, .4], '1:2'), ([.2, .3], [.2, .4], None), (.3, .2, '0:1')])
+def test_what_a_report_says_repeats_the_comparison(eps, noise, pairs):
+    comparison = Comparison('iris', ('ce', 'ls'), eps=eps, noise=noise, pairs=pairs, epochs=1, seeds=1)
+    args = vars(_parser().parse_args(['compare', *comparison.arguments()]))
+    asked = Arguments(**{k: v for k, v in args.items() if k not in ('command', 'threads')})
+    check_used(asked)
+    assert [m.key for m in asked.asked(asked.methods)] == [m.key for m in comparison.method_of.values()]
+
+
+def test_names_may_come_in_any_form_and_strengths_that_are_written_alike_are_refused():
+    for methods in ('ls', ['ls'], (m for m in ('ls',)), np.array(['ls'])): assert Arguments('iris', methods).methods == ('ls',)
+    assert Arguments(eps=np.float32(.5), noise=np.float64(.2)).eps_values == [.5]
+    for wrong in (dict(eps=[.1234567, .1234568]), dict(eps=[.2, .2]), dict(methods=('ls', 'ls@.1'))):
+        with pytest.raises(ValueError, match='named twice'): Arguments('iris', **wrong)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_methods_that_need_less(tmp_path, capsys):
+    out = str(tmp_path/'run')
+    assert main(['compare', 'iris', '--methods', 'ce,ls', '--eps', '.3', '--noise', '.2', '--epochs', '1', '--seeds', '1', '--bs', '16', '--out', out]) == 0
+    assert main(['compare', '--out', out, '--resume', '--methods', 'ce,ls@.2']) == 0, "nobody typed --eps"
+    assert main(['compare', 'iris', '--methods', 'ce,ls@.2', '--eps', '.3', '--out', out]) == 2 and '--eps 0.3 is for' in capsys.readouterr().err
 
 
 @pytest.mark.slow

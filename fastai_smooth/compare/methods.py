@@ -61,7 +61,7 @@ def method_callbacks(
     kind:str='images', # One of `KINDS`
     vocab:Sequence|None=None, # Class names. None: those of `dls`
 )->list: # Callbacks of the `Learner`
-    "The callbacks that make up a method. Errors as in `read_method`"
+    "The callbacks that make up a method. A name that is wrong or does not fit: the errors of `read_method`"
     if isinstance(method, str): method = read_method(method, eps, kind=kind)
     mixers = [CutMixMask() if kind == 'masks' and name == 'cutmix' else MIXING[name]() for name in method.mixers]
     if not mixers and not method.smoothing: return []

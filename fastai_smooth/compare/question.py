@@ -16,7 +16,7 @@ import joblib
 import numpy as np
 import torch
 
-from ..arguments import DEFAULT, EPOCHS, LEARNING_RATES, VOTED, Arguments
+from ..arguments import EPOCHS, LEARNING_RATES, Arguments, default_methods
 from .methods import taxonomy_of
 from .verdict import count
 from ..data import NETWORKS, batch_size_for, network_for, read_source, transition_matrix
@@ -29,8 +29,7 @@ class Reading(Arguments):
     def __post_init__(self):
         super().__post_init__()
         self._read()
-        own = VOTED if self.voted else DEFAULT if self.kind in ('images', 'masks') else DEFAULT[:2]
-        self._check_methods(self.asked(own if self.methods is None else self.methods))
+        self._check_methods(self.asked(default_methods(self.kind, self.voted) if self.methods is None else self.methods))
         self._check_split()
         self._check_model()
         if self.out is not None: self._check_out() # the folder: see `Question`

@@ -104,7 +104,9 @@ def test_online_smoothing_learns_from_both(ranks_of):
 def test_metrics_are_those_of_all_examples(kind, ranks_of):
     "23 examples in batches of 4 on two processes: the last ones are padded, and must not count twice"
     ranks = ranks_of(kind, 'metrics')
+    assert all(len(r['seen']) == 2*3 for r in ranks), "each process has seen half of the examples in both epochs"
     learn = make_learner(kind, n=23, bs=4, metrics=all_metrics())
+    assert not any(torch.equal(p.detach(), last) for p, last in zip(learn.model.parameters(), ranks[0]['last'])), "they have learned"
     for p, last in zip(learn.model.parameters(), ranks[0]['last']): p.data.copy_(last)
     with learn.no_bar(): expected = learn.validate()
     for r in ranks: np.testing.assert_allclose(r['valid'][-1][2:], expected[1:], rtol=1e-5)
