@@ -121,6 +121,13 @@ class Arguments:
         "The methods with each strength and each noise rate"
         return each_method(names, self.eps_values, self.noise_rates)
 
+    def check_valid_pct(self,
+        has_split:bool # Whether the data say which examples are for validation
+    )->None:
+        "Refuse a share of the validation set that nothing would feel: ValueError"
+        if has_split and self.valid_pct != .2:
+            raise ValueError(f"--valid-pct {self.valid_pct} is for data without a split, but {self.data} says which are for validation: leave it out.")
+
     def _check_asked(self, methods):
         "There are some, none is named twice, and those of an embedded set fit it"
         if not methods: raise ValueError("methods is empty: name at least one, such as ce,ls.")
@@ -160,5 +167,4 @@ def check_used(
         raise ValueError(f"--noise {said(asked.noise_rates)} is for methods that name no label noise of their own, unlike {named}.")
     if asked.pairs and not any(asked.noise_rates) and not any(m.noise for m in methods):
         raise ValueError(f"--pairs {asked.pairs} is for label noise: say how much, as in --noise .2.")
-    if asked.valid_pct != .2 and asked.data in EMBEDDED and EMBEDDED[asked.data].split:
-        raise ValueError(f"--valid-pct {asked.valid_pct} is for data without a split, but {asked.data} says which are for validation: leave it out.")
+    if asked.data in EMBEDDED: asked.check_valid_pct(EMBEDDED[asked.data].split)

@@ -169,8 +169,7 @@ def compare(
     quiet(threads)
     from fastai_smooth.compare import Comparison, table
     comparison = Comparison(**asked, out=out, resume=resume)
-    if comparison.source.split is not None and valid_pct != .2:
-        raise ValueError(f"--valid-pct {valid_pct} is for data without a split, but {data} says which are for validation: leave it out.")
+    comparison.check_valid_pct(comparison.source.split is not None)
     comparison.make_folder()
     write_text(comparison.out/'.arguments.json', json.dumps(arguments, default=str)) # as they were typed, for --resume
     print(comparison.describe(), flush=True)

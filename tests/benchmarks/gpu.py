@@ -236,7 +236,7 @@ def main(argv=None):
     names = [f"{m} t" for m in METHODS if m != 'torch']
     header = ['case', 'torch µs', *names, 'ours mem', 'torch mem', 'gradient error', 'loss error', 'reach t', 'bounds']
     print(f"| {' | '.join(header)} |\n|{'---|'*len(header)}")
-    cases:list = []
+    cases = []
     for name, dtype, shape, kind, ignored, reach in CASES:
         if args.only not in name: continue
         if dry: shape = tuple(min(n, 6+i) for i, n in enumerate(shape))
@@ -245,6 +245,7 @@ def main(argv=None):
         print(row(cases[-1]), flush=True)
         with open(args.out, 'w') as f: json.dump(dict(card=card, **versions, rounds=rounds, cases=cases), f, indent=1) # whatever comes after
         if not dry: torch.cuda.empty_cache()
+    if not cases: parser.exit(2, f"No case holds {args.only!r}: use a part of {', '.join(name for name, *_ in CASES)}.\n")
     for case in cases:
         for method, error in case['failed'].items(): print(f"\n{case['case']}, {method} left out: {error}")
     print(f"\n{sum(not c['missed'] for c in cases)} of {len(cases)} cases keep all bounds. Written to {args.out}.")

@@ -46,6 +46,11 @@ def test_what_is_measured_is_written_before_the_next_case(tmp_path, monkeypatch)
     assert [c['case'] for c in json.loads((tmp_path/'figures.json').read_text())['cases']] == ['fp32 index 64×10']
 
 
+def test_a_name_that_no_case_has(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop: benchmark.main(['--device', 'cpu', '--only', 'fp8', '--out', str(tmp_path/'figures.json')])
+    assert stop.value.code == 2 and "No case holds 'fp8': use a part of fp32 index 64×10" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('script', ('gpu', 'gpu_learner'))
 def test_no_figure_without_a_gpu(script, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(Path(benchmark.__file__).parent)) # as where a script is started
